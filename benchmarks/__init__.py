@@ -1,0 +1,1 @@
+"""What surgery costs, measured against the stock training step: ``python -m benchmarks``."""

@@ -1,0 +1,65 @@
+"""Interleaved timing: every candidate between two runs of the baseline, ratios pair by pair."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ratios of a candidate's time to the mean of the baseline runs before and after it."""
+
+    values: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        low, _, high = statistics.quantiles(self.values, n=4)
+        return low, high
+
+
+def seconds(run: Callable[[], None]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(
+    baseline: Callable[[], None], candidates: Mapping[str, Callable[[], None]], pairs: int = 25, warmup: int = 2
+) -> tuple[dict[str, Ratio], float]:
+    """Time candidates against a baseline on a machine whose speed drifts.
+
+    Args:
+        baseline: One run of the baseline.
+        candidates: One run of each candidate, by name.
+        pairs: Counted rounds.
+        warmup: Rounds that are not counted.
+
+    Returns:
+        The ratios by candidate, and the median seconds of the baseline.
+    """
+    ratios: dict[str, list[float]] = {name: [] for name in candidates}
+    stock: list[float] = []
+    for k in tqdm(range(warmup + pairs), desc="rounds", unit="round"):
+        before = seconds(baseline)
+        for name, candidate in candidates.items():
+            taken = seconds(candidate)
+            after = seconds(baseline)
+            if k >= warmup:
+                ratios[name].append(2 * taken / (before + after))
+                stock.append(after)
+            before = after
+    return {name: Ratio(values) for name, values in ratios.items()}, statistics.median(stock)

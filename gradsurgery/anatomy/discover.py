@@ -1,0 +1,119 @@
+"""Find the units of any model: gradient coupling proposes, swap tests decide. No table of names.
+
+    d activation[column] / d parameter != 0   <=>   the entry writes the column
+
+Entries and columns that are coupled to each other and to nothing else form a unit; see ``gradsurgery.anatomy.discovery``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .discovery.blocks import Survey, survey
+from .discovery.draft import Draft
+from .discovery.emit import groups_from
+from .discovery.experts import expert_drafts
+from .discovery.inputs import dummy_inputs, widen_inputs
+from .discovery.replica import learned, replica
+from .discovery.scale import Transfer
+from .discovery.structure import structural_like, structural_of
+from .discovery.trace import Trace, Wide
+from .discovery.twin import needs_twin, twin_of
+from .discovery.verdict import judged
+from .discovery.verify import Judge
+from .groups import UnitGroup
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """Units of a model and what belongs to none.
+
+    Attributes:
+        groups: Unit groups in layer order.
+        structural: Parameter name -> why it belongs to no unit.
+        seconds: Time taken.
+    """
+
+    groups: tuple[UnitGroup, ...]
+    structural: dict[str, str]
+    seconds: float
+
+
+def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Discovery:
+    """Find the attention heads, KV groups, neurons, experts and SSM heads of ``model``, which is not touched.
+
+    Args:
+        model: Any module; Hugging Face models need no ``inputs``.
+        inputs: Keyword arguments of one forward, for models whose inputs cannot be guessed.
+
+    Raises:
+        AnatomyError: A part of the model is neither units nor known structure.
+    """
+    start = time.perf_counter()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        groups, structural = _by_twin(model) if needs_twin(model) else _direct(model, inputs)
+    return Discovery(groups, structural, time.perf_counter() - start)
+
+
+def _direct(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
+    copy = replica(model)
+    seen, fed = traced(copy, inputs)
+    drafts = verified(copy, seen, fed)
+    return groups_from(drafts, copy), structural_of(copy, seen, drafts)
+
+
+def _by_twin(model: nn.Module) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
+    """Probe a tiny twin, and carry what it shows over to the shapes of ``model``."""
+    twin = twin_of(model)
+    seen, fed = traced(twin, None)
+    drafts = verified(twin, seen, fed)
+    transfer = Transfer(twin, model, drafts)
+    real = transfer.carried()
+    return groups_from(real, model), structural_like(model, structural_of(twin, seen, drafts), transfer.sources, real)
+
+
+def traced(copy: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[Survey, dict[str, Any]]:
+    """Trace one forward and couple every block; more tokens while that reaches more weights (experts)."""
+    unread = None
+    for batch in (2, 8, 32):
+        fed = widen_inputs(inputs) if inputs is not None else dummy_inputs(copy, batch=batch)
+        fresh = Trace(copy)
+        with fresh:
+            fresh_outputs = tensors_of(copy(**fed))
+        if unread and fresh.unread() >= unread:
+            break
+        trace, outputs, unread, used = fresh, fresh_outputs, fresh.unread(), fed
+        if inputs is not None or (unread == 0 and (batch > 2 or not fresh.stacked())):
+            break
+    return survey(copy, trace, outputs), used
+
+
+def verified(copy: nn.Module, seen: Survey, fed: dict[str, Any]) -> list[Draft]:
+    """The drafts that survive their swap tests, experts included."""
+
+    def run(scatter: bool) -> list[Tensor]:
+        with Wide(scatter):
+            return tensors_of(copy(**fed))
+
+    tensors = {name: tensor for name, tensor, _ in learned(copy)}
+    buffers = {name for name, _, is_buffer in learned(copy) if is_buffer}
+    drafts = judged(seen.drafts, Judge(lambda: run(scatter=True), tensors))
+    experts = expert_drafts(drafts, tensors, buffers, Judge(lambda: run(scatter=False), tensors))
+    return [*drafts, *experts]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The floating tensors at the top level of a model's output."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output
+    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+__all__ = ["Discovery", "discover"]

@@ -1,0 +1,1 @@
+"""The engine of ``gs.dissect``: gradient coupling, level sets, swap verification, twins."""

@@ -1,0 +1,134 @@
+"""One block after another: couple, cluster, group; blocks of the same make only once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .coupling import Lines, Reach, block_of, gradients, lines_into, reach_of
+from .draft import Draft, Findings
+from .group import Cluster, clusters_of, drafts_of
+from .trace import Node, Trace, cotangent
+
+
+@dataclass
+class Survey:
+    """What one traced forward says about a model."""
+
+    trace: Trace
+    blocks: dict[str, str]
+    reach: Reach
+    findings: dict[str, Findings] = field(default_factory=dict)
+
+    @property
+    def drafts(self) -> list[Draft]:
+        return [draft for found in self.findings.values() for draft in found.drafts]
+
+
+def survey(model, trace: Trace, outputs: list[Tensor]) -> Survey:  # type: ignore[no-untyped-def]
+    """Couple every block of a traced model."""
+    blocks = block_of(model)
+    seen = Survey(trace, blocks, reach_of(trace, outputs, blocks))
+    biases = biases_of(trace)
+    readers: dict[str, list[Node]] = {}
+    for node in trace.nodes.values():
+        for block in dict.fromkeys(blocks[read.name] for read in node.reads):
+            readers.setdefault(block, []).append(node)
+    if len(readers) > 1:
+        readers.pop("", None)  # stems and classifiers
+    known: dict[tuple, str] = {}
+    for block, nodes in readers.items():
+        signature = _signature(block, nodes, trace, blocks)
+        if signature in known:
+            old = known[signature]
+            seen.findings[block] = Findings(
+                [draft.renamed(old, block) for draft in seen.findings[old].drafts],
+                {block + name[len(old) :]: why for name, why in seen.findings[old].structural.items()},
+                {block + name[len(old) :] for name in seen.findings[old].claimed},
+            )
+            continue
+        known[signature] = block
+        seen.findings[block] = couple(seen, block, nodes, biases)
+    return seen
+
+
+def couple(seen: Survey, block: str, nodes: list[Node], biases: dict[str, tuple[str, int]]) -> Findings:
+    """Units of one block, unverified."""
+    tensors = {name: t for name, t in seen.trace.tensors.items() if seen.blocks[name] == block}
+    private = {name: mask for name in tensors if (mask := seen.reach.private(name)) is not None}
+    weights = {read.name for node in seen.trace.nodes.values() for read in node.reads}
+    lines = [lines_into(node, tensors, private) for node in nodes]
+    forget_lone_restrictions(lines)
+    found = Findings()
+    clusters = clusters_of(nodes, lines)
+    for cluster in clusters:
+        written = {line.name for part in cluster.lines for line in part if line.name in weights}
+        if not written:
+            continue  # a norm's gains write the columns of the residual stream
+        elsewhere = {name for other in clusters if other is not cluster for name in _local(other)}
+        drafts = drafts_of(cluster, block, biases, weights, elsewhere)
+        if not drafts:
+            continue
+        if not any(_writes_out(seen, read.name) for node in cluster.nodes for read in node.reads):
+            found.structural.update((name, "latent") for name in _local(cluster) if name in private)
+            continue
+        if drafts[0].kind == "neuron" and any(_foreign(seen, node, block) for node in cluster.nodes):
+            found.structural.update((name, "joined with other inputs") for name in _local(cluster) if name in private)
+            continue
+        found.drafts.extend(drafts)
+        found.claimed |= _local(cluster) | {line.name for part in cluster.lines for line in part if len(line.shape) > 1}
+    return found
+
+
+def forget_lone_restrictions(lines: list[list[Lines]]) -> None:
+    """A tensor that every reader touches at the same places is only touched there because the inputs are short."""
+    places: dict[tuple[str, int], set] = {}
+    for found in lines:
+        for line in found:
+            for dim in range(len(line.shape)):
+                touched = line.touched.get(dim)
+                places.setdefault((line.name, dim), set()).add(None if touched is None else tuple(touched))
+    for found in lines:
+        for line in found:
+            for dim in list(line.touched):
+                if len(places[line.name, dim]) == 1:
+                    del line.touched[dim]
+
+
+def biases_of(trace: Trace) -> dict[str, tuple[str, int]]:
+    """Weight -> its bias and the dimension of the weight that the bias runs along."""
+    found = {}
+    for node in trace.nodes.values():
+        for read in node.reads:
+            shape = tuple(read.parameter.shape)
+            if read.bias is None or len(shape) != 2 or tuple(read.view.shape) not in (shape, shape[::-1]):
+                continue
+            columns = next(iter(read.index), None)
+            if columns is not None and trace.tensors[read.bias].shape == (shape[1 - columns],):
+                found[read.name] = read.bias, 1 - columns
+    return found
+
+
+def _writes_out(seen: Survey, name: str) -> bool:
+    return name in seen.reach.leaks and bool(seen.reach.leaks[name].any())
+
+
+def _foreign(seen: Survey, node: Node, block: str) -> bool:
+    """Whether tensors outside the block write this activation: its columns are then no units of this block alone."""
+    elsewhere = {n: t for n, t in seen.trace.tensors.items() if seen.blocks[n] != block}
+    return any(bool((g != 0).any()) for g in gradients([(node.tensor, cotangent(node.tensor))], elsewhere).values())
+
+
+def _local(cluster: Cluster) -> set[str]:
+    return {line.name for lines in cluster.lines for line in lines if not line.dense.all()}
+
+
+def _signature(block: str, nodes: list[Node], trace: Trace, blocks: dict[str, str]) -> tuple:
+    cut = len(block)
+    tensors = tuple((n[cut:], tuple(t.shape)) for n, t in trace.tensors.items() if blocks[n] == block)
+    reads = tuple(
+        (n.dims, n.columns, tuple((r.name[cut:], r.view.storage_offset(), tuple(r.view.shape)) for r in n.reads))
+        for n in nodes
+    )
+    return tensors, reads

@@ -1,0 +1,85 @@
+"""Wide activations in a handful of backward passes: coded cotangents.
+
+Scale every column of the cotangent by a code that is equal inside a *tile* and different between tiles. A line that is
+written into one tile only receives exactly its code times its plain gradient; nothing else does. Tiles tried are all
+contiguous and all strided ones, so log-many passes decode neurons, heads and KV groups of any width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .trace import Node, cotangent
+
+_TOLERANCE = 1e-7
+
+
+def decode(
+    node: Node, tensors: dict[str, Tensor], private: dict[str, Tensor], plain: dict[str, Tensor]
+) -> dict[str, list[np.ndarray]] | None:
+    """``name -> per dim, bool [columns, coordinates]``, or ``None`` where the tiles do not explain some line."""
+    count = node.columns
+    ids, z = node.column_ids(), cotangent(node.tensor)
+    open_: dict[tuple[str, int], np.ndarray] = {}
+    found: dict[str, list[np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        found[name] = []
+        for dim, size in enumerate(tensor.shape):
+            alive = _rows(plain[name] * private[name], dim).abs().amax(1).numpy() > 0
+            found[name].append(np.zeros((count, size), dtype=bool))
+            open_[name, dim] = alive
+    for tiles in _tilings(count):
+        code = torch.from_numpy(1 + np.random.default_rng(tiles.max() + 1).random(tiles.max() + 1))
+        coded = _grad(node.tensor, tensors, z * code[tiles][ids])
+        for (name, dim), rows in open_.items():
+            if not rows.any():
+                continue
+            tile = _match(_rows(plain[name] * private[name], dim), _rows(coded[name] * private[name], dim), code)
+            hits = np.flatnonzero(rows & (tile >= 0))
+            found[name][dim][:, hits] = tiles[:, None] == tile[hits][None]
+            rows[hits] = False
+    samples = [0, count - 1, count // 2, count // 3]
+    probes = [_grad(node.tensor, tensors, torch.where(ids == c, z, 0.0 * z)) for c in samples]
+    for (name, dim), rows in open_.items():
+        touched = torch.stack([_rows(p[name] * private[name], dim).abs().amax(1) > 0 for p in probes])
+        every = touched.all(0).numpy()
+        if (rows & ~every).any() and len([d for d in range(tensors[name].ndim) if open_[name, d].any()]) > 0:
+            explained = any((found[name][d].any(0)).any() for d in range(tensors[name].ndim) if d != dim)
+            if not explained:
+                return None
+        found[name][dim][:, rows] = True
+    return found
+
+
+def _grad(x: Tensor, tensors: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
+    grads = torch.autograd.grad(x, list(tensors.values()), seed, retain_graph=True, allow_unused=True)
+    pairs = zip(tensors.items(), grads, strict=True)
+    return {name: torch.zeros_like(t) if g is None else torch.nan_to_num(g) for (name, t), g in pairs}
+
+
+def _rows(grad: Tensor, dim: int) -> Tensor:
+    return grad.movedim(dim, 0).reshape(grad.shape[dim], -1)
+
+
+def _tilings(count: int) -> list[np.ndarray]:
+    """Tile number of every column: singles first, then growing contiguous tiles, then strided ones."""
+    columns = np.arange(count)
+    divisors = [d for d in range(1, count) if count % d == 0]
+    return [columns // d for d in divisors] + [columns % d for d in reversed(divisors) if d > 1]
+
+
+def _match(plain: Tensor, coded: Tensor, code: Tensor) -> np.ndarray:
+    """Per line the tile whose code explains it, -1 where none does."""
+    scale = plain.abs().amax(1)
+    norm = (plain * plain).sum(1).clamp_min(1e-300)
+    ratio = (plain * coded).sum(1) / norm
+    residual = (coded - ratio[:, None] * plain).abs().amax(1) / scale.clamp_min(1e-300)
+    ordered, order = code.sort()
+    place = torch.searchsorted(ordered, ratio).clamp(1, len(code) - 1) if len(code) > 1 else torch.zeros_like(ratio).long()
+    lower = (place - 1).clamp_min(0)
+    nearest = torch.where((ordered[place] - ratio).abs() < (ordered[lower] - ratio).abs(), place, lower)
+    off = (ordered[nearest] - ratio).abs()
+    good = (residual < _TOLERANCE) & (off < _TOLERANCE) & (scale > 0)
+    return torch.where(good, order[nearest], torch.full_like(place, -1)).numpy()

@@ -1,0 +1,67 @@
+"""What grouping hands to verification: units of one place, in names relative to nothing and shapes of the replica."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from .coordinates import Index
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One slice of every unit: like a ``Footprint``, with what it is for.
+
+    Args:
+        role: ``"producer"``, ``"consumer"``, ``"router"``.
+    """
+
+    name: str | tuple[str, ...]
+    index: Index
+    role: str = "producer"
+    buffer: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """Candidate units: nothing here is believed before the swap test."""
+
+    kind: str
+    block: str
+    slots: tuple[Slot, ...]
+    count: int
+    riders: tuple[str, ...] = ()
+    parent: Draft | None = None
+    parent_units: tuple[int, ...] | None = None
+    classes: tuple[int, ...] | None = None
+    closed: bool = True
+    expert: int | None = None
+
+    def renamed(self, old: str, new: str) -> Draft:
+        """The same units in another block of the same make."""
+
+        def move(name: str) -> str:
+            return new + name[len(old) :] if name.startswith(old + ".") else name
+
+        slots = tuple(
+            replace(s, name=move(s.name) if isinstance(s.name, str) else tuple(map(move, s.name))) for s in self.slots
+        )
+        parent = self.parent.renamed(old, new) if self.parent is not None else None
+        block = move(self.block + ".")[:-1] if self.block else self.block
+        return replace(self, slots=slots, block=block, riders=tuple(map(move, self.riders)), parent=parent)
+
+
+@dataclass
+class Findings:
+    """Drafts of one block, parameters it explains without units (name -> why), and those that must be in units."""
+
+    drafts: list[Draft] = field(default_factory=list)
+    structural: dict[str, str] = field(default_factory=dict)
+    claimed: set[str] = field(default_factory=set)
+
+
+def tiles_from_labels(labels: np.ndarray) -> list[np.ndarray]:
+    """Columns of each label, in order of first appearance."""
+    order = dict.fromkeys(labels.tolist())
+    return [np.flatnonzero(labels == label) for label in order]

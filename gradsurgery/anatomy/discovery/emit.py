@@ -1,0 +1,48 @@
+"""Drafts become unit groups: names, layers, order."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..groups import Footprint, UnitGroup
+from .draft import Draft
+from .experts import _common
+
+_ORDER = {"head": 0, "kv_group": 1, "neuron": 2, "expert": 3}
+
+
+def groups_from(drafts: list[Draft], model: nn.Module) -> tuple[UnitGroup, ...]:
+    """Unit groups in layer order."""
+    lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    groups = [_group(draft, lists) for draft in drafts]
+    return tuple(sorted(groups, key=lambda g: (g.layer, _ORDER[g.kind])))
+
+
+def _group(draft: Draft, lists: set[str]) -> UnitGroup:
+    name = name_of(draft)
+    footprints = tuple(Footprint(s.name, s.index, s.buffer) for s in draft.slots)
+    consumers = tuple(k for k, s in enumerate(draft.slots) if s.role == "consumer")
+    parent = name_of(draft.parent) if draft.parent is not None else None
+    classes = draft.classes or (0,) * draft.count
+    layer = layer_of(name, lists)
+    return UnitGroup(
+        draft.kind, name, layer, footprints, consumers, classes, draft.closed, parent, draft.parent_units, draft.riders
+    )
+
+
+def name_of(draft: Draft) -> str:
+    """The module that owns a draft: the innermost that holds all its tensors."""
+    names = [n for s in draft.slots for n in ([s.name] if isinstance(s.name, str) else s.name)]
+    common = _common(names)
+    if draft.expert is not None and not common.endswith(f".{draft.expert}"):
+        common = f"{common}.{draft.expert}"
+    return common
+
+
+def layer_of(name: str, lists: set[str]) -> int:
+    """Number of the outermost list element that holds ``name``."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        if ".".join(parts[:i]) in lists and parts[i].isdigit():
+            return int(parts[i])
+    return 0

@@ -1,0 +1,251 @@
+"""From coupled lines to units: level sets of the columns.
+
+Columns that share a line belong together. Single columns are neurons; where longer tiles appear they are heads, the
+finest tiling that private lines give; what several heads share joins them into a KV group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .coordinates import Index
+from .coupling import Lines
+from .draft import Draft, Slot, tiles_from_labels
+from .trace import Node
+
+
+@dataclass
+class Cluster:
+    """Activations whose columns are written by common lines, side by side."""
+
+    nodes: list[Node]
+    lines: list[list[Lines]]
+
+    @property
+    def columns(self) -> int:
+        return sum(node.columns for node in self.nodes)
+
+    def sets(self) -> dict[str, tuple[Lines, np.ndarray, np.ndarray]]:
+        """``name -> (lines, bool [columns, lines] without the dense ones, bool [lines] dense somewhere)``."""
+        starts = np.cumsum([0] + [node.columns for node in self.nodes])
+        merged: dict[str, tuple[Lines, np.ndarray, np.ndarray]] = {}
+        for start, found in zip(starts, self.lines, strict=False):
+            for lines in found:
+                key = lines.name
+                if key in merged and merged[key][0].dims != lines.dims:
+                    if not lines.dense.all():
+                        merged.pop(key)
+                    else:
+                        continue
+                if key not in merged:
+                    shape = (self.columns, lines.sets.shape[1])
+                    merged[key] = lines, np.zeros(shape, dtype=bool), np.zeros(shape[1], dtype=bool)
+                merged[key][1][start : start + len(lines.sets)] |= lines.sets & ~lines.dense
+                merged[key][2][:] |= lines.dense
+        return merged
+
+
+def clusters_of(nodes: list[Node], lines: list[list[Lines]]) -> list[Cluster]:
+    """Join the activations that are written by a common local line; the same read twice counts once."""
+    kept: list[tuple[Node, list[Lines]]] = []
+    seen = set()
+    for node, found in zip(nodes, lines, strict=True):
+        key = tuple((r.name, r.view.storage_offset(), tuple(r.view.shape), r.view.stride()) for r in node.reads)
+        if found and key not in seen:
+            seen.add(key)
+            kept.append((node, found))
+    owner: list[int] = list(range(len(kept)))
+    for i, (_, first) in enumerate(kept):
+        for j, (_, second) in enumerate(kept[:i]):
+            if any(_share(a, b) for a in first for b in second):
+                owner = [owner[j] if o == owner[i] else o for o in owner]
+    groups = [[k for k, o in enumerate(owner) if o == root] for root in dict.fromkeys(owner)]
+    return [Cluster([kept[k][0] for k in ks], [kept[k][1] for k in ks]) for ks in groups]
+
+
+def _share(a: Lines, b: Lines) -> bool:
+    if a.name != b.name or a.dims != b.dims:
+        return False
+    if a.touched.keys() == b.touched.keys() and any(not set(a.touched[d]) & set(b.touched[d]) for d in a.touched):
+        return False
+    return bool(((a.sets.any(0) & ~a.dense) & (b.sets.any(0) & ~b.dense)).any())
+
+
+def drafts_of(cluster: Cluster, block: str, biases: dict[str, tuple[str, int]], weights: set[str], elsewhere: set[str]) -> list[Draft]:
+    """Units of a cluster, finest last; empty where nothing is local."""
+    sets = cluster.sets()
+    local = [matrix[:, matrix.any(0)] for name, (_, matrix, _) in sets.items() if name in weights]
+    every = np.concatenate(local, axis=1) if local else np.zeros((cluster.columns, 0), dtype=bool)
+    if every.shape[1] == 0:
+        return []
+    families, counts = np.unique(every, axis=1, return_counts=True)
+    coarse = _components(families)
+    reads = {read.name for node in cluster.nodes for read in node.reads}
+    dense = {name for name, (lines, _, mask) in sets.items() if mask.any() and name not in reads}
+    sizes = _sizes(families, cluster.nodes)
+    maker = _Maker(cluster, sets, block, biases, elsewhere)
+    if sizes.max() <= 1:
+        written = {n for n in dense if not sets[n][1].any() and len(sets[n][0].shape) > 1}
+        if written:  # one head only: its queries and keys write every column
+            return [maker.draft("head", np.zeros(cluster.columns, dtype=int), shared=True)]
+        return maker.by_expert(maker.draft("neuron", coarse), coarse)
+    fine = _finest(families, counts, coarse, sizes)
+    common = {n for n in dense - elsewhere if n in weights and len(sets[n][0].shape) > 1}
+    if fine is None or len(np.unique(fine)) == len(np.unique(coarse)):
+        if not common or len(np.unique(coarse)) == 1:
+            return [maker.draft("head", coarse, shared=len(np.unique(coarse)) == 1)]
+        fine, coarse = coarse, np.zeros_like(coarse)  # rows that all heads share make them one group
+    parents = [int(coarse[tile[0]]) for tile in tiles_from_labels(fine)]
+    order = list(dict.fromkeys(coarse.tolist()))
+    group = maker.draft("kv_group", coarse, shared=len(order) == 1)
+    heads = maker.draft("head", fine)
+    units = tuple(order.index(p) for p in parents)
+    shapes = {name: lines.shape for name, (lines, _, _) in sets.items()} | maker.bias_shapes()
+    held = {s.name: _entries(s, shapes[s.name], heads.count) for s in heads.slots if s.role == "producer"}
+    produced = [s for s in group.slots if s.role == "producer"]
+    if all(_entries(s, shapes[s.name], group.count) <= held.get(s.name, 0) for s in produced):
+        return [heads]
+    return [group, replace(heads, parent=group, parent_units=units)]
+
+
+def _entries(slot: Slot, shape: tuple[int, ...], count: int) -> int:
+    """Entries that all units together hold."""
+    sizes = [slot.index[d].shape[1] if d in slot.index else n for d, n in enumerate(shape)]
+    return count * int(np.prod(sizes))
+
+
+def _sizes(families: np.ndarray, nodes: list[Node]) -> np.ndarray:
+    """Most columns that a family has in one activation."""
+    starts = np.cumsum([0] + [node.columns for node in nodes])
+    return np.max([families[a:b].sum(0) for a, b in zip(starts, starts[1:], strict=False)], axis=0)
+
+
+def _components(families: np.ndarray) -> np.ndarray:
+    """Label of each column; columns in one family share it."""
+    labels = np.arange(len(families))
+    changed = True
+    while changed:
+        changed = False
+        for family in families.T:
+            members = labels[family]
+            if len(members) and members.min() != members.max():
+                labels[np.isin(labels, members)] = members.min()
+                changed = True
+    return labels
+
+
+def _finest(families: np.ndarray, counts: np.ndarray, coarse: np.ndarray, sizes: np.ndarray) -> np.ndarray | None:
+    """Labels of the finest tiling by private lines: contiguous tiles first, then those that many lines share."""
+    candidates = []
+    runs = (families[1:] & ~families[:-1]).sum(0) + families[0]
+    for size in np.unique(families.sum(0)[sizes > 1]):
+        for contiguous in (True, False):
+            chosen = (families.sum(0) == size) & (sizes > 1) & ((runs == runs.min()) == contiguous)
+            tiles, weight = families[:, chosen], counts[chosen].min(initial=10**9)
+            if chosen.any() and (tiles.sum(1) == 1).all():
+                candidates.append((not contiguous, not contiguous and weight < 2, size, tiles.argmax(1)))
+    if not candidates:
+        return None
+    return min(candidates, key=lambda c: c[:3])[3]
+
+
+class _Maker:
+    """Turn labels of columns into slots: the lines inside each tile, and the columns that read it."""
+
+    def __init__(self, cluster: Cluster, sets: dict, block: str, biases: dict[str, tuple[str, int]], elsewhere: set) -> None:
+        self.cluster, self.sets, self.block, self.biases, self.elsewhere = cluster, sets, block, biases, elsewhere
+
+    def bias_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {bias: (self.sets[name][0].shape[dim],) for name, (bias, dim) in self.biases.items() if name in self.sets}
+
+    def draft(self, kind: str, labels: np.ndarray, shared: bool = False) -> Draft:
+        tiles = tiles_from_labels(labels)
+        slots = [*self._producers(tiles, shared), *self._consumers(tiles)]
+        riders = tuple(
+            dict.fromkeys(
+                r.bias for n in self.cluster.nodes for r in n.reads if r.bias is not None and r.bias_view is not None
+            )
+        )
+        return Draft(kind, self.block, tuple(slots), len(tiles), riders)
+
+    def by_expert(self, draft: Draft, labels: np.ndarray) -> list[Draft]:
+        """One draft an expert, where a batched product reads the neurons of all experts at once."""
+        node = self.cluster.nodes[0]
+        if not node.shared or len(self.cluster.nodes) > 1 or len(np.unique(labels)) != self.cluster.columns:
+            return [draft]
+        parts = np.split(np.arange(draft.count), node.shared)
+        cut = lambda slot, part: replace(slot, index={d: rows[part] for d, rows in slot.index.items()})  # noqa: E731
+        return [replace(draft, slots=tuple(cut(s, p) for s in draft.slots), count=len(p)) for p in parts]
+
+    def _producers(self, tiles: list[np.ndarray], shared: bool) -> list[Slot]:
+        slots = []
+        for name, (lines, matrix, dense) in self.sets.items():
+            per_unit = []
+            for tile in tiles:
+                outside = np.ones(len(matrix), dtype=bool)
+                outside[tile] = False
+                inside = matrix[tile].any(0) & ~matrix[outside].any(0)
+                if shared and name not in self.elsewhere and (matrix.any() or len(lines.shape) > 1):
+                    inside |= dense
+                per_unit.append(np.flatnonzero(inside))
+            index = _rectangle(per_unit, lines)
+            if index is not None:
+                slots.append(Slot(name, index))
+        for slot in list(slots):
+            if slot.name in self.biases:  # the gradient of a key bias is rounding noise, so it follows its weight
+                bias, dim = self.biases[slot.name]
+                slots = [s for s in slots if s.name != bias]
+                slots.append(Slot(bias, {0: slot.index[dim]} if dim in slot.index else {}))
+        return slots
+
+    def _consumers(self, tiles: list[np.ndarray]) -> list[Slot]:
+        starts = np.cumsum([0] + [node.columns for node in self.cluster.nodes])
+        merged: dict[str, list[dict[int, set]]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for start, node in zip(starts, self.cluster.nodes, strict=False):
+            own = [tile[(tile >= start) & (tile < start + node.columns)] - start for tile in tiles]
+            for read in node.reads:
+                shapes[read.name] = tuple(read.parameter.shape)
+                units = merged.setdefault(read.name, [{} for _ in tiles])
+                for unit, columns in zip(units, own, strict=True):
+                    for dim in range(len(shapes[read.name])):
+                        rows = read.index[dim][columns].ravel().tolist() if dim in read.index else range(shapes[read.name][dim])
+                        unit.setdefault(dim, set()).update(rows if len(columns) else ())
+        slots = []
+        for name, units in merged.items():
+            index: Index | None = {}
+            for dim, size in enumerate(shapes[name]):
+                rows = [sorted(unit[dim]) for unit in units]
+                if len({len(r) for r in rows}) != 1 or not rows[0]:
+                    index = None
+                    break
+                if len(rows[0]) < size:
+                    index[dim] = np.array(rows, dtype=np.int64)
+            if index is not None:
+                slots.append(Slot(name, index, "consumer"))
+        return slots
+
+
+def _rectangle(per_unit: list[np.ndarray], lines: Lines) -> Index | None:
+    """Lines of each unit as one index array a dimension; ``None`` where units differ in size or hold nothing."""
+    widths = {len(rows) for rows in per_unit}
+    if len(widths) != 1 or widths == {0}:
+        return None
+    sizes = [lines.shape[d] for d in lines.dims]
+    coordinates = np.unravel_index(np.stack(per_unit), sizes) if lines.dims else ()
+    index: Index = {}
+    total = 1
+    for dim, values in zip(lines.dims, coordinates, strict=True):
+        rows = [np.unique(row) for row in values]
+        if len({len(r) for r in rows}) != 1:
+            return None
+        total *= len(rows[0])
+        if len(rows[0]) < lines.shape[dim]:
+            index[dim] = np.stack(rows).astype(np.int64)
+    if total != next(iter(widths)):
+        return None
+    for dim, some in lines.touched.items():
+        index[dim] = np.tile(some.astype(np.int64), (len(per_unit), 1))
+    return index

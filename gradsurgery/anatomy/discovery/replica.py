@@ -1,0 +1,96 @@
+"""A private, randomised float64 copy of a model, on which discovery may do what it likes.
+
+Default initialisation (zero biases, unit norms, weights of size 0.02) lets wrong swaps pass, so every weight is moved.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def replica(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Return a copy of ``model`` on the CPU: float64, eval mode, no hooks, eager kernels, every weight randomised."""
+    twin = copy.deepcopy(model)
+    return prepare(twin, seed)
+
+
+def prepare(twin: nn.Module, seed: int = 0) -> nn.Module:
+    """Make ``twin`` (changed in place) fit for probing."""
+    for module in twin.modules():
+        for hooks in _HOOKS:
+            getattr(module, hooks, {}).clear()
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    twin.to("cpu").double().eval()
+    prefer_eager(twin)
+    randomise(twin, seed)
+    for _, tensor, _ in learned(twin):
+        tensor.requires_grad_(True)
+    return twin
+
+
+def prefer_eager(model: nn.Module) -> None:
+    """Plain kernels everywhere: they are views of the parameters and have second-order and batched gradients."""
+    setter = getattr(model, "set_attn_implementation", None)
+    if setter is not None:
+        try:
+            setter("eager")
+        except Exception:  # noqa: BLE001 - some classes know one implementation only and refuse
+            pass
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"
+        if getattr(config, "use_cache", None):
+            config.use_cache = False
+
+
+def learned(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """``(name, tensor, is_buffer)`` of every floating parameter and persistent floating buffer, tied ones once."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            yield name, parameter, False
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer, True
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Move every learned tensor: same mean, a spread that is never negligible, no two entries alike.
+
+    Buffers stay near their mean and above it, since some of them are variances.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for _, tensor, is_buffer in learned(model):
+        values = torch.nan_to_num(tensor.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+        spread = float(values.std()) if values.numel() > 1 else 0.0
+        fan_in = tensor.shape[-1] if tensor.ndim > 1 else 10
+        if tensor.ndim > 2:
+            fan_in = max(fan_in, tensor.shape[1])
+        noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        if is_buffer:
+            mean = float(values.mean())  # evened out, so that no correction bias starves an expert
+            tensor.copy_(mean + noise.abs() * 0.1 * max(abs(mean), 0.5))
+        elif id(tensor) in tables:
+            tensor.copy_(noise)
+        elif tensor.ndim > 1:
+            tensor.copy_(values.mean() + noise * min(max(spread, 0.8 / fan_in**0.5), 1.0))
+        else:
+            tensor.copy_(values + noise * 0.3)

@@ -1,0 +1,120 @@
+"""Everything that belongs to no unit, and why; what cannot be explained is an error, never a silent skip."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradsurgery.errors import AnatomyError
+
+from .blocks import Survey
+from .coupling import block_of
+from .draft import Draft
+
+
+def structural_of(model, seen: Survey, drafts: list[Draft]) -> dict[str, str]:  # type: ignore[no-untyped-def]
+    """Parameter name -> reason, for every parameter without units.
+
+    Raises:
+        AnatomyError: A live matrix inside a block is no known kind of structure.
+    """
+    held = {n for d in drafts for s in d.slots for n in ([s.name] if isinstance(s.name, str) else s.name)}
+    riders = {rider for d in drafts for rider in d.riders}
+    latent = {name: why for found in seen.findings.values() for name, why in found.structural.items()}
+    weights = {read.name for node in seen.trace.nodes.values() for read in node.reads}
+    claimed = {name for findings in seen.findings.values() for name in findings.claimed} - latent.keys()
+    shapes = {name: tuple(tensor.shape) for name, tensor in seen.trace.tensors.items()}
+    partly = {name for name, mask in partly_held(shapes, drafts).items() if name in claimed and _open(name, mask, seen)}
+    found, unknown = {}, []
+    for name, parameter in model.named_parameters():
+        if name in held and name not in partly:
+            continue
+        lost = name in claimed and name not in riders
+        why = None if lost else _reason(name, parameter.ndim, seen, riders, latent, weights)
+        if why is None:
+            unknown.append(name)
+        else:
+            found[name] = why
+    if unknown:
+        raise AnatomyError(_message(model, unknown))
+    for name, why in found.items():
+        if why == "bias" and found.get(name.rpartition(".")[0] + ".weight") == "norm":
+            found[name] = "norm"
+    return found
+
+
+def structural_like(model, small: dict[str, str], sources: dict[str, str], drafts: list[Draft]) -> dict[str, str]:  # type: ignore[no-untyped-def]
+    """The twin's reasons under the real model's names.
+
+    Raises:
+        AnatomyError: A parameter is in no unit, and its counterpart in the twin is not explained either.
+    """
+    held = {n for d in drafts for s in d.slots for n in ([s.name] if isinstance(s.name, str) else s.name)}
+    found, unknown = {}, []
+    blocks = block_of(model)
+    for name, _ in model.named_parameters():
+        if name in held:
+            continue
+        block = blocks[name]
+        twin = sources.get(block, "") + name[len(block) :] if block else name
+        if twin in small:
+            found[name] = small[twin]
+        else:
+            unknown.append(name)
+    if unknown:
+        raise AnatomyError(_message(model, unknown))
+    return found
+
+
+def partly_held(shapes: dict[str, tuple[int, ...]], drafts: list[Draft]) -> dict[str, np.ndarray]:
+    """Tensors of which units hold some entries but not all, with a mask of those they hold."""
+    held: dict[str, np.ndarray] = {}
+    for draft in drafts:
+        for slot in draft.slots:
+            if not isinstance(slot.name, str):
+                continue
+            mask = held.setdefault(slot.name, np.zeros(shapes[slot.name], dtype=bool))
+            if not slot.index:
+                mask[...] = True
+                continue
+            dims = sorted(slot.index)
+            view = np.moveaxis(mask, dims, range(len(dims)))
+            shape = lambda i, w: [draft.count] + [w if j == i else 1 for j in range(len(dims))]  # noqa: E731, B023
+            view[tuple(slot.index[d].reshape(shape(i, slot.index[d].shape[1])) for i, d in enumerate(dims))] = True
+    return {name: mask for name, mask in held.items() if not mask.all()}
+
+
+def _open(name: str, mask: np.ndarray, seen: Survey) -> bool:
+    """Whether entries outside the mask are written by nobody but this block, and so should be in some unit."""
+    private = seen.reach.private(name)
+    return private is not None and bool((private.numpy() & ~mask).any())
+
+
+def _reason(name: str, ndim: int, seen: Survey, riders: set, latent: dict, weights: set) -> str | None:
+    reach = seen.reach
+    if name in riders:
+        return "output bias"
+    if name in latent:
+        return latent[name]
+    if name in seen.trace.embedded:
+        return "embedding" if seen.blocks[name] == "" else "shared relative position bias"
+    if name not in reach.inside and name not in reach.leaks and name not in weights:
+        return "unused"
+    if ndim <= 1:
+        return "norm" if "bias" not in name.rpartition(".")[2] else "bias"  # a norm's own bias: see structural_of
+    if seen.blocks[name] == "":
+        return "outside the blocks"
+    if reach.private(name) is None:
+        return "residual projection" if name in weights else "shared by several blocks"
+    return "mixes residual streams"
+
+
+def _message(model, unknown: list[str]) -> str:  # type: ignore[no-untyped-def]
+    modules = dict(model.named_modules())
+    places = list(dict.fromkeys(name.rpartition(".")[0] for name in unknown))
+    shown = ", ".join(f"{place} ({type(modules[place]).__name__})" for place in places[:4])
+    more = f" and {len(places) - 4} more" if len(places) > 4 else ""
+    return (
+        f"{shown}{more}: the layout of these modules of {type(model).__name__} is unknown: their weights take part in "
+        "the computation but form no units that survive a swap test. Declare them with "
+        "gs.dissect(model, layouts=[...])."
+    )

@@ -1,0 +1,52 @@
+"""What to make of the swap tests: accept, find true classes, join, or drop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .draft import Draft
+from .verify import Judge, disjoint
+
+
+def judged(drafts: list[Draft], judge: Judge) -> list[Draft]:
+    """The drafts that hold, with their exchange classes and whether they are closed.
+
+    Heads that cannot be exchanged but are closed depend on their position (ALiBi slopes, relative biases): each is
+    alone in its class, or with those it can be swapped with. Heads that are neither are joined into their group.
+    """
+    sound = [d for d in drafts if disjoint(d)]
+    guessed = [replace(d, classes=d.parent_units or (0,) * d.count) for d in sound]
+    accepted: dict[int, Draft] = {}
+    for kinds in (("kv_group",), ("head", "neuron")):
+        chosen = [i for i, d in enumerate(guessed) if d.kind in kinds]
+        passed = judge.exchange([guessed[i] for i in chosen])
+        closed = judge.closed([guessed[i] for i in chosen])
+        for i, exchangeable, shut in zip(chosen, passed, closed, strict=True):
+            draft = replace(guessed[i], closed=shut)
+            if not exchangeable:
+                if not shut:
+                    continue
+                classes = judge.classes(draft)
+                if draft.kind == "neuron" and len(set(classes)) == draft.count:
+                    continue
+                draft = replace(draft, classes=classes)
+            if judge.heard(draft):
+                accepted[i] = draft
+    return _consistent([accepted.get(i) for i in range(len(guessed))], guessed)
+
+
+def _consistent(accepted: list[Draft | None], guessed: list[Draft]) -> list[Draft]:
+    """Let heads point at the judged version of their group; a group whose heads fell takes their place."""
+    kept = []
+    for i, draft in enumerate(accepted):
+        if draft is None:
+            continue
+        if draft.kind == "kv_group":
+            heads = accepted[i + 1] if i + 1 < len(accepted) else None
+            if heads is None or heads.kind != "head":
+                kept.append(replace(draft, kind="head"))
+                continue
+        if draft.parent is not None and accepted[i - 1] is None:
+            draft = replace(draft, parent=None, parent_units=None)
+        kept.append(draft)
+    return kept

@@ -1,0 +1,96 @@
+"""The parameter space of a model: names, aliases of tied weights, shapes, and a fingerprint of all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from torch import nn
+
+from gradsurgery.errors import SelectionError
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that owns the parameter names: without DDP and ``torch.compile`` around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            is_wrapper = type(model).__name__ in ("DistributedDataParallel", "DataParallel")
+            inner = model.module if is_wrapper else None  # type: ignore[assignment]
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as it was written: ``fully_shard`` puts one of its own in front of it."""
+    return next(c for c in type(module).__mro__ if not any(b.__name__ == "FSDPModule" for b in c.__mro__))
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """Names and shapes of a model's parameters.
+
+    Attributes:
+        model: Name of the model's class.
+        shapes: Shape by canonical name: the first of a tied weight's names, in ``named_parameters()`` order.
+        aliases: Canonical name by every other name of a tied weight.
+    """
+
+    model: str
+    shapes: dict[str, tuple[int, ...]]
+    aliases: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ParameterSpace:
+        model = unwrap(model)
+        first: dict[int, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        aliases: dict[str, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in first:
+                aliases[name] = first[id(parameter)]
+            else:
+                first[id(parameter)] = name
+                shapes[name] = tuple(parameter.shape)
+        return cls(own_class(model).__name__, shapes, aliases)
+
+    def canonical(self, name: str) -> str:
+        """The canonical name of a parameter; raises ``SelectionError`` for names the model does not have."""
+        name = self.aliases.get(name, name)
+        if name not in self.shapes:
+            raise SelectionError(f"{self.model} has no parameter {name!r}. Print the anatomy for the names it has.")
+        return name
+
+    def numel(self) -> int:
+        total = 0
+        for shape in self.shapes.values():
+            count = 1
+            for n in shape:
+                count *= n
+            total += count
+        return total
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of class, names, shapes and ties: equal for two models iff regions of one fit the other."""
+        text = json.dumps([self.model, self.shapes, self.aliases], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def difference(self, other: ParameterSpace) -> str:
+        """One phrase that says how two spaces differ; empty if they do not."""
+        if self.model != other.model:
+            return f"made for {self.model}, used with {other.model}"
+        for name in [*self.shapes, *other.shapes]:
+            mine, theirs = self.shapes.get(name), other.shapes.get(name)
+            if mine != theirs:
+                there, here = (list(shape) if shape is not None else "absent" for shape in (mine, theirs))
+                return f"{name} is {there} there and {here} here"
+        return "other weights are tied" if self.aliases != other.aliases else ""
+
+
+def require_same_space(made_for: ParameterSpace, model: ParameterSpace, what: str) -> None:
+    """Raise ``SelectionError`` unless ``what``, made for one parameter space, is used with the same."""
+    if made_for is not model and (gap := made_for.difference(model)):
+        raise SelectionError(f"{what} belongs to another model: {gap}. Dissect the model you use it with.")

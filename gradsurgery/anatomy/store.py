@@ -1,0 +1,113 @@
+"""Anatomies as JSON: index arrays as ``first unit + step``, so that 70B models stay a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from gradsurgery.anatomy.groups import Footprint, UnitGroup
+from gradsurgery.anatomy.space import ParameterSpace
+from gradsurgery.errors import ArtefactError
+from gradsurgery.files import read_json, write_json
+from gradsurgery.version import __version__
+
+if TYPE_CHECKING:
+    from gradsurgery.anatomy.anatomy import Anatomy
+
+FORMAT = 1
+
+
+def describe(anatomy: Anatomy) -> dict[str, Any]:
+    """The anatomy as plain JSON data, without version and time."""
+    space = anatomy.space
+    return {
+        "model": space.model,
+        "fingerprint": space.fingerprint,
+        "shapes": {name: list(shape) for name, shape in space.shapes.items()},
+        "aliases": space.aliases,
+        "structural": anatomy.structural,
+        "groups": [_describe_group(group) for group in anatomy.groups],
+    }
+
+
+def _describe_group(group: UnitGroup) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "kind": group.kind,
+        "name": group.name,
+        "layer": group.layer,
+        "closed": group.closed,
+        "consumer_slots": list(group.consumer_slots),
+        "exchange_classes": _pack(np.asarray(group.exchange_classes).reshape(-1, 1)),
+        "riders": list(group.riders),
+        "parent": group.parent,
+        "parent_units": list(group.parent_units) if group.parent_units is not None else None,
+        "footprints": [],
+    }
+    for footprint in group.footprints:
+        name = footprint.name if isinstance(footprint.name, str) else list(footprint.name)
+        index = {str(dim): _pack(rows) for dim, rows in footprint.index.items()}
+        out["footprints"].append({"name": name, "index": index, "buffer": footprint.buffer})
+    return out
+
+
+def _pack(rows: np.ndarray) -> dict[str, Any] | list[list[int]]:
+    steps = np.diff(rows, axis=0)
+    if len(rows) and (steps == (steps[:1, :1] if len(steps) else 0)).all():
+        return {"units": len(rows), "first": rows[0].tolist(), "step": int(steps[0, 0]) if steps.size else 0}
+    return rows.tolist()
+
+
+def _unpack(packed: dict[str, Any] | list[list[int]]) -> np.ndarray:
+    if isinstance(packed, dict):
+        return np.asarray(packed["first"])[None] + packed["step"] * np.arange(packed["units"])[:, None]
+    return np.asarray(packed, dtype=np.int64)
+
+
+def save_anatomy(anatomy: Anatomy, path: Path) -> None:
+    header = {"format": FORMAT, "gradsurgery": __version__, "seconds": anatomy.seconds}
+    write_json(path, {**header, **describe(anatomy)})
+
+
+def load_anatomy(path: Path, model: object = None) -> tuple[ParameterSpace, list[UnitGroup], dict[str, str], float]:
+    """The parts of a stored anatomy; ``model`` (a module or ``None``) must be the one it was made for."""
+    data = read_json(path, "an anatomy")
+    if not isinstance(data, dict) or data.get("format") != FORMAT or "groups" not in data:
+        raise ArtefactError(f"{path} is no anatomy of format {FORMAT}. Dissect the model again and save it.")
+    try:
+        shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
+        space = ParameterSpace(data["model"], shapes, data["aliases"])
+        groups = [_group(item) for item in data["groups"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtefactError(f"{path} is damaged: {json.dumps(str(error))}. Dissect the model again.") from error
+    if isinstance(model, nn.Module) and (gap := space.difference(ParameterSpace.of(model))):
+        raise ArtefactError(f"{path} fits another model: {gap}. Dissect this model again.")
+    return space, groups, data["structural"], data.get("seconds", 0.0)
+
+
+def _group(item: dict[str, Any]) -> UnitGroup:
+    footprints = tuple(
+        Footprint(
+            f["name"] if isinstance(f["name"], str) else tuple(f["name"]),
+            {int(dim): _unpack(rows) for dim, rows in f["index"].items()},
+            f["buffer"],
+        )
+        for f in item["footprints"]
+    )
+    classes = tuple(_unpack(item["exchange_classes"]).reshape(-1).tolist())
+    parents = item["parent_units"]
+    return UnitGroup(
+        kind=item["kind"],
+        name=item["name"],
+        layer=item["layer"],
+        footprints=footprints,
+        consumer_slots=tuple(item["consumer_slots"]),
+        exchange_classes=classes,
+        closed=item["closed"],
+        parent=item["parent"],
+        parent_units=tuple(parents) if parents is not None else None,
+        riders=tuple(item["riders"]),
+    )

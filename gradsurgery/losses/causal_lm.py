@@ -1,0 +1,52 @@
+"""Next-token cross-entropy, the default loss of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradsurgery.errors import BatchError
+
+IGNORED = -100
+
+
+def shifted_labels(batch: Mapping[str, Any]) -> Tensor:
+    """The token that each position predicts, ``[batch, token]``, ``-100`` where none counts.
+
+    ``labels`` where the batch has them, else ``input_ids`` without what ``attention_mask`` leaves out.
+    """
+    labels = batch.get("labels")
+    if labels is None:
+        if "input_ids" not in batch:
+            raise BatchError(f"causal_lm needs labels or input_ids; the batch has {', '.join(batch) or 'nothing'}.")
+        labels = batch["input_ids"]
+        if (kept := batch.get("attention_mask")) is not None:
+            labels = labels.masked_fill(kept == 0, IGNORED)
+    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+
+
+def count_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """How many tokens of a batch the loss is a mean over."""
+    return (shifted_labels(batch) != IGNORED).sum()
+
+
+def causal_lm(outputs: Any, batch: Mapping[str, Any], refs: Mapping[str, Any]) -> Tensor:
+    """Mean cross-entropy of the next token, in nats, over all labelled positions; in fp32.
+
+    Args:
+        outputs: Model outputs with ``logits`` ``[batch, token, vocabulary]``.
+        batch: ``labels`` ``[batch, token]`` (``-100`` is ignored) or ``input_ids`` with ``attention_mask``.
+        refs: Not used.
+
+    Raises:
+        BatchError: neither labels nor input ids.
+    """
+    targets = shifted_labels(batch).reshape(-1)
+    logits = outputs.logits.reshape(targets.numel(), -1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1).to(logits.device)

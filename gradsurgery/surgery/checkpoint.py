@@ -1,0 +1,86 @@
+"""The state of a surgery beside a checkpoint: ``surgery.json``, and ``surgery.safetensors`` where a transform keeps tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gradsurgery.anatomy.space import ParameterSpace
+from gradsurgery.errors import ArtefactError
+from gradsurgery.files import atomic_path, read_json, write_json
+from gradsurgery.version import __version__
+
+if TYPE_CHECKING:
+    from gradsurgery.surgery.method import Method
+    from gradsurgery.surgery.stepping import Stepper
+
+NAME = "surgery"
+
+
+def state_of(method: Method, model: nn.Module, stepper: Stepper) -> dict[str, Any]:
+    """Version, model fingerprint, method, step, and what stateful transforms keep, by their position in the method."""
+    space = ParameterSpace.of(model)
+    state: dict[str, Any] = {"version": __version__, "fingerprint": space.fingerprint, "method": method.describe()}
+    state["step"] = stepper.step
+    transforms = (*method.gradient, *method.update)
+    kept = {str(k): s for k, (t, s) in enumerate(zip(transforms, stepper.states, strict=True)) if t.traits.stateful}
+    return {**state, "transforms": kept} if kept else state
+
+
+def take_state(state: Mapping[str, Any], method: Method, model: nn.Module, stepper: Stepper) -> None:
+    """Check a state against method and model, then continue from it; nothing changes if it does not fit."""
+    mine = state_of(method, model, stepper)
+    if missing := {"step", "fingerprint", "method"} - set(state):
+        raise ArtefactError(f"this is no surgery state: it has no {', '.join(sorted(missing))}.")
+    for key in ("fingerprint", "method"):
+        if state[key] != mine[key]:
+            raise ArtefactError(f"this surgery state was saved with another {key}: {state[key]}, here {mine[key]}.")
+    kept, own = state.get("transforms", {}), mine.get("transforms", {})
+    if set(kept) != set(own):
+        raise ArtefactError(f"this surgery state keeps transforms {sorted(kept)}, the method has {sorted(own)}.")
+    for key, values in kept.items():
+        stepper.states[int(key)].update(values)
+    stepper.step = int(state["step"])
+
+
+def save_state(state: Mapping[str, Any], directory: str | Path) -> None:
+    """Write a state beside a checkpoint."""
+    tensors, plain = {}, {}
+    for key, values in state.get("transforms", {}).items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
+            else:
+                plain.setdefault(key, {})[name] = value
+    directory = Path(directory)
+    if tensors:
+        with atomic_path(directory / f"{NAME}.safetensors") as beside:
+            save_file(tensors, beside)
+    write_json(directory / f"{NAME}.json", {**state, "transforms": plain} if "transforms" in state else dict(state))
+
+
+def load_state(directory: str | Path) -> dict[str, Any]:
+    """Read what `save_state` wrote.
+
+    Raises:
+        ArtefactError: no ``surgery.json`` there, or a truncated file.
+    """
+    directory = Path(directory)
+    state = read_json(directory / f"{NAME}.json", "the state of a surgery")
+    if not isinstance(state, dict):
+        raise ArtefactError(f"{directory / f'{NAME}.json'} holds no surgery state.")
+    tensors = directory / f"{NAME}.safetensors"
+    if "transforms" in state and tensors.exists():
+        try:
+            loaded = load_file(tensors)
+        except SafetensorError as error:
+            raise ArtefactError(f"{tensors} is truncated or no safetensors file ({error}).") from None
+        for key, value in loaded.items():
+            number, name = key.split("/", 1)
+            state["transforms"].setdefault(number, {})[name] = value
+    return state

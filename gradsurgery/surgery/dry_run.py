@@ -1,0 +1,63 @@
+"""Dry runs: which entries one step would send gradient to, without a trace left in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradsurgery.anatomy.space import unwrap
+from gradsurgery.surgery.method import Method
+from gradsurgery.surgery.surgery import Surgery
+from gradsurgery.transforms.freeze import Freeze
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one step would move.
+
+    Attributes:
+        moved: Entries with a gradient that the update stage would let move, by parameter.
+        total: All entries, by parameter.
+        masks: Bool tensor of the moved entries, by parameter.
+    """
+
+    moved: dict[str, int]
+    total: dict[str, int]
+    masks: dict[str, torch.Tensor]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.total))
+        lines = [f"{'parameter'.ljust(width)}  would move  of entries"]
+        for name, total in self.total.items():
+            lines.append(f"{name.ljust(width)}  {self.moved[name]:>10,}  {total:>10,}")
+        lines.append(f"{'all'.ljust(width)}  {sum(self.moved.values()):>10,}  {sum(self.total.values()):>10,}")
+        return "\n".join(lines)
+
+
+def dry_run(method: Method, model: nn.Module, batch: Mapping[str, Any]) -> DryRun:
+    """Run the passes once and look at the gradient; gradients, mode and random state of the model come back."""
+    base = unwrap(model)
+    before, cpu_state = {name: p.grad for name, p in base.named_parameters()}, torch.get_rng_state()
+    surgery = Surgery(method, model)
+    try:
+        for p in base.parameters():
+            p.grad = None
+        surgery.backward(batch)
+        masks = {}
+        for name, p in base.named_parameters():
+            mask = p.grad.ne(0) if p.grad is not None else torch.zeros(p.shape, dtype=torch.bool)
+            for transform in method.update:
+                if isinstance(transform, Freeze) and transform.unless not in surgery._stepper.ran:
+                    mask = mask & ~transform.region.of(name).mask().to(mask.device)
+            masks[name] = mask
+    finally:
+        surgery.remove()
+        torch.set_rng_state(cpu_state)
+        for name, p in base.named_parameters():
+            p.grad = before[name]
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    return DryRun(counts, {name: mask.numel() for name, mask in masks.items()}, masks)

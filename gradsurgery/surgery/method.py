@@ -1,0 +1,136 @@
+"""A method: passes, then the gradient stage, then the update stage, as immutable data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from gradsurgery.anatomy.space import ParameterSpace, require_same_space, unwrap
+from gradsurgery.errors import PlanError
+from gradsurgery.surgery.passes import Pass
+from gradsurgery.transforms.clip import Clip
+from gradsurgery.transforms.engine.plan import ForwardPlan
+from gradsurgery.transforms.freeze import Freeze
+from gradsurgery.transforms.stages import GradientTransform, UpdateTransform
+
+if TYPE_CHECKING:
+    from gradsurgery.surgery.dry_run import DryRun
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """What happens in one optimizer step.
+
+    Args:
+        passes: Run one after the other, each into its slot.
+        gradient: Transforms of the accumulated gradient, in order; ``gs.clip`` last.
+        update: Transforms around the optimizer step.
+
+    Raises:
+        PlanError: no pass, names twice, transforms at the wrong stage.
+
+    Example:
+        >>> forget = anatomy.heads[:, -1:] | anatomy.neurons[:, -16:]
+        >>> mask, zero = gs.mask(anatomy.rest(forget), where="forget"), gs.zero(forget, where="retain")
+        >>> method = gs.Method([gs.Pass("sgtm", under=[mask, zero])], gradient=[gs.clip(1.0)])
+    """
+
+    passes: Sequence[Pass]
+    gradient: Sequence[GradientTransform] = ()
+    update: Sequence[UpdateTransform] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("passes", "gradient", "update"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if not self.passes:
+            raise PlanError("a method needs at least one pass.")
+        names = [p.name for p in self.passes]
+        if len(set(names)) < len(names):
+            raise PlanError(f"passes need different names, these are {', '.join(names)}.")
+        for field, kind in (("gradient", GradientTransform), ("update", UpdateTransform)):
+            for transform in getattr(self, field):
+                if not isinstance(transform, kind):
+                    stage = getattr(transform, "stage", "no")
+                    raise PlanError(f"{transform!r} belongs to the {stage} stage and cannot stand in {field}=[…].")
+        for transform in self.gradient[:-1]:
+            if isinstance(transform, Clip):
+                raise PlanError("gs.clip must come last in gradient=[…]: what follows it would change the norm again.")
+        for transform in self.update:
+            if isinstance(transform, Freeze) and transform.unless is not None and transform.unless not in names:
+                raise PlanError(f"{transform.describe()} names no pass of this method: they are {', '.join(names)}.")
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The label columns that batches must bring."""
+        return frozenset(column for p in self.passes for column in p.columns())
+
+    @property
+    def slots(self) -> frozenset[str]:
+        """The slots that passes fill."""
+        return frozenset(p.slot(loss) for p in self.passes for loss in p.losses)
+
+    def validate(self, model: nn.Module) -> dict[str, ForwardPlan]:
+        """Check the method against a model; returns the forward plan of every pass.
+
+        Raises:
+            SelectionError: a region of another model, empty, or without an entry that trains.
+            PlanError: a layer that cannot do what is asked.
+        """
+        model = unwrap(model)
+        space = ParameterSpace.of(model)
+        for transform in (*self.gradient, *self.update):
+            for region in transform.regions():
+                require_same_space(region.space, space, f"{transform.name}: region {region.text or 'given'}")
+        return {p.name: ForwardPlan(model, p.forward_transforms) for p in self.passes}
+
+    def explain(self, model: nn.Module) -> str:
+        """What runs, where, on how many entries: one line a transform."""
+        plans = self.validate(model)
+        lines = []
+        for p in self.passes:
+            facts = [f"loss {describe_losses(p)}", f"into {p.into}"]
+            facts += [f"stream {p.stream!r}"] if p.stream else []
+            facts += [f"rows {p.rows!r}"] if p.rows else []
+            facts += [f"when {p.when}"] if p.when else []
+            lines.append(f"pass {p.name!r}: {', '.join(facts)}; one forward, {len(p.losses)} backward")
+            for transform in p.under:
+                lines.append(f"  {transform.describe()}: {_sizes(transform)}")
+            kinds: dict[str, int] = {}
+            for handlers in plans[p.name].handlers.values():
+                for handler in handlers:
+                    kinds[type(handler).__name__] = kinds.get(type(handler).__name__, 0) + 1
+            rerun = kinds.pop("RerunHandler", 0)
+            lines.append(f"  acts on {sum(kinds.values()) + rerun} modules" + (f", {rerun} of them run once per row class" * bool(rerun)))
+        for stage in ("gradient", "update"):
+            for transform in getattr(self, stage):
+                lines.append(f"{stage}: {transform.describe()}: {_sizes(transform)}".rstrip(": "))
+        return "\n".join(lines)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for run configs: regions in their text form."""
+        out: dict[str, Any] = {"passes": [p.describe() for p in self.passes]}
+        for stage in ("gradient", "update"):
+            if getattr(self, stage):
+                out[stage] = [t.describe() for t in getattr(self, stage)]
+        return out
+
+    def dry_run(self, model: nn.Module, batch: Mapping[str, Any]) -> DryRun:
+        """Which entries one step on this batch would send gradient to; the model and its gradients are left as they were."""
+        from gradsurgery.surgery.dry_run import dry_run
+
+        return dry_run(self, model, batch)
+
+    def __str__(self) -> str:
+        return json.dumps(self.describe(), indent=1)
+
+
+def describe_losses(p: Pass) -> str:
+    return " and ".join(getattr(loss, "__name__", type(loss).__name__) for loss in p.losses.values())
+
+
+def _sizes(transform: Any) -> str:
+    return ", ".join(f"{r.numel():,} entries ({100 * r.fraction:.2f}% of the model)" for r in transform.regions())

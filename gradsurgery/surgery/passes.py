@@ -1,0 +1,103 @@
+"""A pass: one forward of one (sub-)batch under some transforms, and its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from gradsurgery.errors import PlanError
+from gradsurgery.losses import causal_lm
+from gradsurgery.surgery.schedule import Schedule
+from gradsurgery.transforms.base import ForwardTransform, Transform
+
+Loss = Callable[[Any, Mapping[str, Any], Mapping[str, Any]], Tensor]
+Reference = Callable[[Any, Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One forward under some transforms, and its backward.
+
+    Args:
+        name: Name of the pass, in results, logs and ``freeze(…, unless=name)``.
+        loss: ``loss(outputs, batch, refs) -> scalar``, a mean over its tokens; or several by name over the *one* forward.
+        under: Forward transforms of this pass.
+        stream: Take the sub-batch ``batch[stream]``.
+        rows: Take the rows that this bool column flags (``"~column"``: the others).
+        weight: Factor of the loss in the backward.
+        into: Slot that receives the gradient; with several losses, slot by loss name.
+        when: Schedule (``gs.every(k)``, ``gs.sample_one(seed)``); ``None`` runs in every step.
+        refs: ``name -> reference(model, batch)``, evaluated first, in eval mode, without graph and transforms.
+
+    Raises:
+        PlanError: no name, a transform of another stage, slots for losses that do not exist.
+    """
+
+    name: str
+    loss: Loss | Mapping[str, Loss] = causal_lm
+    under: Sequence[Transform] = ()
+    stream: str | None = None
+    rows: str | None = None
+    weight: float = 1.0
+    into: str | Mapping[str, str] = "main"
+    when: Schedule | None = None
+    refs: Mapping[str, Reference] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "under", tuple(self.under))
+        if not self.name:
+            raise PlanError("a pass needs a name.")
+        for transform in self.under:
+            stage = getattr(transform, "stage", None)
+            if stage in ("gradient", "update"):
+                where = {"gradient": "gradient=[…]", "update": "update=[…]"}[stage]
+                raise PlanError(
+                    f"{transform.describe()} acts once per optimizer step and would be wrong per micro-batch; move it from "
+                    f"under=[…] of pass {self.name!r} to {where} of the method."
+                )
+            if not isinstance(transform, ForwardTransform):
+                raise PlanError(f"pass {self.name!r}: {transform!r} is no transform (gs.mask, gs.scale, gs.detach, gs.zero).")
+        if not isinstance(self.into, str) and set(self.into) != set(self.losses):
+            raise PlanError(
+                f"pass {self.name!r}: into names {', '.join(self.into)}, the losses are {', '.join(self.losses)}."
+            )
+
+    @property
+    def losses(self) -> dict[str, Loss]:
+        return {self.name: self.loss} if callable(self.loss) else dict(self.loss)
+
+    def slot(self, loss: str) -> str:
+        return self.into if isinstance(self.into, str) else self.into[loss]
+
+    @property
+    def forward_transforms(self) -> tuple[ForwardTransform, ...]:
+        return tuple(t for t in self.under if isinstance(t, ForwardTransform))
+
+    def columns(self) -> Iterable[str]:
+        """The label columns that the pass reads."""
+        if self.rows:
+            yield self.rows.removeprefix("~")
+        for transform in self.forward_transforms:
+            where = transform.where
+            for value in where.values() if isinstance(where, Mapping) else (where,):
+                if isinstance(value, str):
+                    yield value
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for configs: what the pass does, without tensors."""
+        out: dict[str, Any] = {"name": self.name, "under": [t.describe() for t in self.under]}
+        losses = {name: getattr(loss, "__name__", type(loss).__name__) for name, loss in self.losses.items()}
+        out["loss"] = losses if len(losses) > 1 else next(iter(losses.values()))
+        for key in ("stream", "rows"):
+            if getattr(self, key):
+                out[key] = getattr(self, key)
+        if self.weight != 1.0:
+            out["weight"] = self.weight
+        if self.into != "main":
+            out["into"] = self.into
+        if self.when is not None:
+            out["when"] = repr(self.when)
+        return out

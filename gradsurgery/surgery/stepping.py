@@ -1,0 +1,161 @@
+"""The gradient and update stages around an optimizer's step, by its own step hooks.
+
+Order before the step: gradient transforms, frozen entries out of the gradient, clip, snapshot of what must not move.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from gradsurgery.anatomy.region import Region
+from gradsurgery.anatomy.space import ParameterSpace
+from gradsurgery.errors import PlanError
+from gradsurgery.surgery.method import Method
+from gradsurgery.tensors import gather, sum_over_shards
+from gradsurgery.transforms.clip import Clip
+from gradsurgery.transforms.engine.program import box_columns
+from gradsurgery.transforms.stages import StepContext
+
+
+class Stepper:
+    """Runs a method's gradient and update stages once per optimizer step.
+
+    Args:
+        method: Supplies both stages.
+        model: The unwrapped model; parameters are looked up by name in each step, since sharding replaces them.
+    """
+
+    def __init__(self, method: Method, model: nn.Module) -> None:
+        self.method, self.model = method, model
+        space = ParameterSpace.of(model)
+        self.states = [t.init(space) for t in (*method.gradient, *method.update)]
+        self.step = 0
+        self.metrics: dict[str, Any] = {}
+        self.ran: set[str] = set()
+        self.finished = False
+        self.optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self.tracked: dict[str, Region] = {}
+        self.enabled = True
+        self._handles: list[RemovableHandle] = []
+        if method.gradient or method.update:
+            self._handles.append(register_optimizer_step_pre_hook(self._refuse_others))
+        self._context: StepContext | None = None
+
+    def bind(self, optimizer: Any, slots: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Hook the step of an optimizer (wrappers that hold one as ``.optimizer`` are seen through)."""
+        while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+            inner = getattr(optimizer, "optimizer", None)
+            if inner is None:
+                raise PlanError(f"bind takes a torch optimizer, not {type(optimizer).__name__}.")
+            optimizer = inner
+        bound = self.optimizer() if self.optimizer is not None else None
+        if bound is optimizer:
+            return
+        if bound is not None:
+            raise PlanError("this surgery is bound to another optimizer; remove() it and attach again to change that.")
+        if not self._holds(optimizer):
+            raise PlanError("the optimizer holds no parameter of this model; build it after sharding, then bind it.")
+        self.optimizer = weakref.ref(optimizer)
+        self._handles += [
+            optimizer.register_step_pre_hook(lambda _, args, kwargs: self.before_step(slots, args, kwargs)),
+            optimizer.register_step_post_hook(lambda *_: self.after_step(slots)),
+        ]
+
+    def _holds(self, optimizer: torch.optim.Optimizer) -> bool:
+        mine = {id(p) for p in self.model.parameters()}
+        return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+
+    def _refuse_others(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """A step of this model's weights by an optimizer that was never bound would skip both stages silently."""
+        bound = self.optimizer() if self.optimizer is not None else None
+        if not self.enabled or bound is optimizer or not self._holds(optimizer):
+            return
+        names = ", ".join(t.describe() for t in (*self.method.gradient, *self.method.update))
+        if bound is None:
+            raise PlanError(f"{names} act at the optimizer's step, and no optimizer is bound: surgery.bind(optimizer).")
+        raise PlanError(
+            f"{names} act at the step of the {type(bound).__name__} that is bound, and another optimizer "
+            f"({type(optimizer).__name__}) steps this model as well; give all parameters to one optimizer, in groups."
+        )
+
+    def context(self, slots: Mapping[str, Mapping[str, Tensor]]) -> StepContext:
+        optimizer = self.optimizer() if self.optimizer is not None else None
+        ran = frozenset(self.ran)
+        return StepContext.of(
+            self.model, optimizer=optimizer, slots=slots, ran=ran, step=self.step, metrics=self.metrics
+        )
+
+    def finish(self, slots: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The gradient stage, once per step."""
+        if self.finished or not self.enabled:
+            return
+        self.finished = True
+        for name, region in self.tracked.items():
+            self.metrics[f"grad_norm/{name}"] = region_norm(self.model, region)
+        context = self.context(slots)
+        gradient = list(zip(self.method.gradient, self.states, strict=False))
+        update = list(zip(self.method.update, self.states[len(gradient) :], strict=True))
+        for transform, state in gradient:
+            if not isinstance(transform, Clip):
+                transform.apply(context, state)
+        for transform, state in update:
+            transform.prepare(context, state)
+        for transform, state in gradient:
+            if isinstance(transform, Clip):
+                transform.apply(context, state)
+
+    def before_step(
+        self,
+        slots: Mapping[str, Mapping[str, Tensor]],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        closure = (kwargs or {}).get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
+        if closure is not None and self.enabled and (self.method.gradient or self.method.update):
+            raise PlanError(
+                "optimizer.step(closure) makes its gradients after both stages ran; call backward, then step()."
+            )
+        self.finish(slots)
+        self._context = self.context(slots) if self.enabled else None
+        if self._context is None:
+            return
+        for transform, state in zip(self.method.update, self.states[len(self.method.gradient) :], strict=True):
+            transform.before_step(self._context, state)
+
+    def after_step(self, slots: Any) -> None:
+        if self._context is not None:
+            for transform, state in zip(self.method.update, self.states[len(self.method.gradient) :], strict=True):
+                transform.after_step(self._context, state)
+        self.step += 1
+        self.new_window(slots)
+
+    def new_window(self, slots: Any) -> None:
+        """Forget the gradients of the step before."""
+        self.finished, self._context = False, None
+        self.ran.clear()
+        slots.clear()
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.optimizer = [], None
+
+
+def region_norm(model: nn.Module, region: Region) -> Tensor:
+    """L2 norm of the gradient of a region, fp32."""
+    total = torch.zeros(())
+    for name, parameter in model.named_parameters():
+        entries = region.entries.get(name)
+        if entries is None or parameter.grad is None:
+            continue
+        boxes = [box_columns(box, entries.shape) for box in entries.boxes()]
+        squares = sum((part.float().square().sum() for part in gather(parameter.grad, boxes)), torch.zeros(()))
+        total = total + sum_over_shards(squares.to(parameter.grad.device), parameter.grad).to(total.device)
+    return total.sqrt()

@@ -1,0 +1,100 @@
+"""From a pass's transforms to handlers of modules, checked against the model before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gradsurgery.anatomy.space import ParameterSpace, own_class, require_same_space, unwrap
+from gradsurgery.errors import PlanError, SelectionError
+from gradsurgery.transforms.base import Effect, ForwardTransform, InputEffect
+from gradsurgery.transforms.engine.handlers import (
+    EmbeddingHandler,
+    Handler,
+    InputHandler,
+    LinearHandler,
+    SwapHandler,
+)
+from gradsurgery.transforms.engine.program import build_program
+from gradsurgery.transforms.engine.rerun import RerunHandler
+
+Owners = dict[str, list[tuple[str, str]]]
+"""Canonical parameter name -> every ``(module path, attribute)`` that reads it."""
+
+
+def owners_of(model: nn.Module, space: ParameterSpace) -> Owners:
+    out: Owners = {name: [] for name in space.shapes}
+    for path, module in model.named_modules(remove_duplicate=True):
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{path}.{attribute}" if path else attribute
+            if parameter is not None:
+                out[space.canonical(name)].append((path, attribute))
+    return out
+
+
+class ForwardPlan:
+    """What the forward transforms of one pass do, module by module.
+
+    Args:
+        model: The model, unwrapped.
+        transforms: The pass's forward transforms.
+
+    Raises:
+        SelectionError: a region of another model, or one that holds no entry that trains.
+        PlanError: a layer whose units or rows cannot be told apart.
+    """
+
+    def __init__(self, model: nn.Module, transforms: Sequence[ForwardTransform]) -> None:
+        self.model = unwrap(model)
+        self.space = ParameterSpace.of(self.model)
+        self.transforms = tuple(transforms)
+        for transform in self.transforms:
+            check_fits(transform, self.model, self.space)
+        owners, effects = owners_of(self.model, self.space), {}
+        for transform in self.transforms:
+            for effect in transform.effects():
+                for path, attribute in owners[self.space.canonical(effect.name)]:
+                    effects.setdefault(path, []).append((attribute, effect))
+        modules = dict(self.model.named_modules())
+        self.handlers = {path: build_handlers(modules[path], path, found) for path, found in effects.items()}
+
+    @property
+    def per_row(self) -> bool:
+        return any(handler.program.per_row for handlers in self.handlers.values() for handler in handlers)
+
+
+def check_fits(transform: ForwardTransform, model: nn.Module, space: ParameterSpace) -> None:
+    """Raise unless a transform's regions are the model's and something of them trains."""
+    for region in transform.regions():
+        require_same_space(region.space, space, f"{transform.name}: region {region.text or 'given'}")
+        trains = any(p.requires_grad and space.canonical(n) in region.entries for n, p in model.named_parameters())
+        if not trains and transform.name in ("mask", "scale"):
+            raise SelectionError(
+                f"{transform.describe()} holds no entry that trains: every parameter it covers is frozen. "
+                f"Unfreeze them, or choose a region among the parameters that train (an adapter's, say)."
+            )
+
+
+def build_handlers(module: nn.Module, path: str, effects: Iterable[tuple[str, Effect]]) -> list[Handler]:
+    """The handlers of one module, in the order in which they see its input."""
+    effects = list(effects)
+    is_linear = own_class(module) in (nn.Linear, Conv1D)
+    program = build_program(path, effects, zeros_are_atoms=is_linear)
+    if is_linear:
+        return [LinearHandler(module, program)]
+    if isinstance(module, nn.Embedding) and not program.edits:
+        whole_rows = all(box[0].whole for atoms in program.atoms.values() for atom in atoms for box in atom.boxes)
+        if whole_rows or own_class(module) is nn.Embedding:
+            return [EmbeddingHandler(module, program)]
+    inputs = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(program.edits) == {"weight"}
+    if inputs:
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1:
+            raise PlanError(f"{path} is a grouped convolution: the channels that it reads cannot be edited as units.")
+        edits = build_program(path, [e for e in effects if isinstance(e[1], InputEffect)])
+        weights = [e for e in effects if not isinstance(e[1], InputEffect)]
+        return [InputHandler(module, edits), *(build_handlers(module, path, weights) if weights else [])]
+    if program.per_row or program.edits:
+        return [RerunHandler(module, program)]
+    return [SwapHandler(module, program)]

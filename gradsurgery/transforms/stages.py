@@ -1,0 +1,70 @@
+"""Transforms that act once per optimizer step: on the reduced gradient, or around the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery.anatomy.space import ParameterSpace
+from gradsurgery.transforms.base import Transform
+
+
+@dataclass
+class StepContext:
+    """What the gradient and update stages see of one optimizer step.
+
+    Attributes:
+        parameters: The model's parameters by canonical name.
+        optimizer: The optimizer about to step, if one is bound.
+        slots: Named gradients other than ``.grad``, by slot and parameter name.
+        ran: Names of the passes that ran since the last step.
+        step: Number of optimizer steps done before this one.
+        metrics: Figures of this step, by name; transforms add theirs.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer | None = None
+    slots: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    ran: frozenset[str] = frozenset()
+    step: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, **rest: Any) -> StepContext:
+        """A context over all parameters of a model (unwrapped), looked up now: sharding replaces them."""
+        return cls(dict(model.named_parameters()), **rest)
+
+
+class GradientTransform(Transform):
+    """Acts on the accumulated, reduced gradient, once per optimizer step; may keep explicit state."""
+
+    stage = "gradient"
+
+    def init(self, space: ParameterSpace) -> dict[str, Any]:
+        """The state before the first step; kept and saved by the surgery."""
+        return {}
+
+    def apply(self, context: StepContext, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class UpdateTransform(Transform):
+    """Acts around the optimizer step, the one stage that keeps promises about weights."""
+
+    stage = "update"
+
+    def init(self, space: ParameterSpace) -> dict[str, Any]:
+        return {}
+
+    def prepare(self, context: StepContext, state: dict[str, Any]) -> None:
+        """Before clipping: what must not count towards the norm leaves the gradient."""
+
+    def before_step(self, context: StepContext, state: dict[str, Any]) -> None:
+        """Right before the step: remember what must be restored."""
+
+    def after_step(self, context: StepContext, state: dict[str, Any]) -> None:
+        """Right after the step."""

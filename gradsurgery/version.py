@@ -1,0 +1,3 @@
+"""The library's version, written into every artefact."""
+
+__version__ = "0.1.0"
