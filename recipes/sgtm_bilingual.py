@@ -29,11 +29,10 @@ from gradsurgery.runs import RunFolder, TrainConfig, train
 
 
 @dataclass
-class DataConfig:
-    """What is read.
+class TextConfig:
+    """How the text is read.
 
     Args:
-        source: "embedded", "hub:owner/name", or a local file or folder.
         tokenizer: "embedded", "train:SIZE" (on the training part), or a name or folder for AutoTokenizer.
         forget: Category to be removed.
         adjacent: Categories close to it, if any.
@@ -42,7 +41,6 @@ class DataConfig:
         test_rows: Sequences a category in the final evaluation.
     """
 
-    source: str = "embedded"
     tokenizer: str = "embedded"
     forget: str = "es"
     adjacent: list[str] = field(default_factory=list)
@@ -111,6 +109,7 @@ class Config:
     """The whole run.
 
     Args:
+        data: "embedded", "hub:owner/name" (such as hub:ffuuugor/tinystories-spanish), or a local file or folder.
         rows: Sequences of each category in a batch, or the size of a batch whose mix follows the data.
         models: Which models to train.
         out: Folder of all runs.
@@ -118,7 +117,8 @@ class Config:
         overwrite: Delete a run of this name first.
     """
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: str = "embedded"
+    text: TextConfig = field(default_factory=TextConfig)
     labels: LabelConfig = field(default_factory=LabelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -146,8 +146,8 @@ def run_name(config: Config) -> str:
 
 def load_data(config: Config) -> tuple[Any, data.Rows, dict[str, torch.Tensor]]:
     """Tokenizer, labelled training rows, held-back sequences by category."""
-    corpus = data.load_bilingual(config.data.source, validation=config.data.validation, limit=config.data.limit)
-    kind = config.data.tokenizer
+    corpus = data.load_bilingual(config.data, validation=config.text.validation, limit=config.text.limit)
+    kind = config.text.tokenizer
     if kind == "embedded":
         tokenizer: Any = data.load_tokenizer()
     elif kind.startswith("train:"):
@@ -159,15 +159,15 @@ def load_data(config: Config) -> tuple[Any, data.Rows, dict[str, torch.Tensor]]:
     rows = data.build_rows(
         data.tokenize(corpus, tokenizer),
         **shape,
-        forget=config.data.forget,
-        adjacent=config.data.adjacent,
+        forget=config.text.forget,
+        adjacent=config.text.adjacent,
         noise=data.Noise(recall=1 - config.labels.undiscovered, precision=config.labels.precision),
         retain_retain=config.labels.retain,
         adjacent_retain=config.labels.adjacent,
         seed=config.seed,
     )
     held_back = data.pack_categories(data.tokenize(corpus, tokenizer, "validation"), **shape)
-    return tokenizer, rows, {name: ids[: config.data.test_rows] for name, ids in held_back.items()}
+    return tokenizer, rows, {name: ids[: config.text.test_rows] for name, ids in held_back.items()}
 
 
 def build_model(config: Config, tokenizer: Any) -> PreTrainedModel:
@@ -274,7 +274,7 @@ def report(config: Config, folder: RunFolder, rows: data.Rows, seconds: float) -
         config=folder.config,
         results={"Losses (nats per token, held back)": lines, "Training rows": rows.summary()},
         figures=figures,
-        notes=[f"Forget category: {config.data.forget}. Wall time of the last start: {seconds:.0f} s."],
+        notes=[f"Forget category: {config.text.forget}. Wall time of the last start: {seconds:.0f} s."],
     )
     return evaluation.table(lines)
 

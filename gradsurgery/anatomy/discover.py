@@ -2,7 +2,7 @@
 
     d activation[column] / d parameter != 0   <=>   the entry writes the column
 
-Entries and columns that are coupled to each other and to nothing else form a unit; see ``gradsurgery.anatomy.discovery``.
+Entries and columns that are coupled to each other and to nothing else form a unit.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import AnatomyError
 from .discovery.blocks import Survey, survey
 from .discovery.draft import Draft
 from .discovery.emit import groups_from
 from .discovery.experts import expert_drafts
 from .discovery.inputs import dummy_inputs, widen_inputs
 from .discovery.replica import learned, replica
-from .discovery.scale import Transfer
+from .discovery.scale import Transfer, agree
 from .discovery.structure import structural_like, structural_of
-from .discovery.trace import Trace, Wide
+from .discovery.trace import Trace
 from .discovery.twin import needs_twin, twin_of
 from .discovery.verdict import judged
 from .discovery.verify import Judge
+from .discovery.wide import Wide
 from .groups import UnitGroup
 
 
@@ -58,6 +60,11 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         groups, structural = _by_twin(model) if needs_twin(model) else _direct(model, inputs)
+    if not groups:
+        raise AnatomyError(
+            f"{type(model).__name__} shows no units: no weights that are written and read by units of their own. "
+            "Declare them with gs.dissect(model, layouts=[...])."
+        )
     return Discovery(groups, structural, time.perf_counter() - start)
 
 
@@ -69,13 +76,33 @@ def _direct(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[tuple[U
 
 
 def _by_twin(model: nn.Module) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
-    """Probe a tiny twin, and carry what it shows over to the shapes of ``model``."""
-    twin = twin_of(model)
-    seen, fed = traced(twin, None)
-    drafts = verified(twin, seen, fed)
+    """Probe tiny twins, and carry what they show over to the shapes of ``model``.
+
+    A second twin of other sizes checks that the first one's layout scales; where it does not, a third one keeps every
+    head.
+    """
+    first, second = _probed(twin_of(model, 0)), _probed(twin_of(model, 1))
+    source = second if _scales(first, second) else _probed(twin_of(model, 2))
+    twin, seen, drafts = source
     transfer = Transfer(twin, model, drafts)
     real = transfer.carried()
     return groups_from(real, model), structural_like(model, structural_of(twin, seen, drafts), transfer.sources, real)
+
+
+_Probed = tuple[nn.Module, Survey, list[Draft]]
+
+
+def _probed(copy: nn.Module) -> _Probed:
+    seen, fed = traced(copy, None)
+    return copy, seen, verified(copy, seen, fed)
+
+
+def _scales(small: _Probed, large: _Probed) -> bool:
+    """Whether the first twin's findings, carried over, are the second's."""
+    try:
+        return agree(Transfer(small[0], large[0], small[2]).carried(), large[2])
+    except AnatomyError:
+        return False
 
 
 def traced(copy: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[Survey, dict[str, Any]]:

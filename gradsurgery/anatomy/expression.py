@@ -26,7 +26,10 @@ def parse_selection(text: str, anatomy: Anatomy) -> Region:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError as error:
         raise SelectionError(f"{text!r} is not a selection: {error.msg}. {_HELP}") from None
-    out = _Reader(text, anatomy).read(tree)
+    try:
+        out = _Reader(text, anatomy).read(tree)
+    except (TypeError, AttributeError) as error:  # wrong number or kind of arguments
+        raise SelectionError(f"{text!r} is not a selection: {error}. {_HELP}") from None
     if not isinstance(out, Region):
         raise SelectionError(f"{text!r} is not a selection. {_HELP}")
     return out
@@ -57,7 +60,8 @@ class _Reader:
 
     def region(self, node: ast.expr) -> Region:
         out = self.read(node)
-        assert isinstance(out, Region)
+        if not isinstance(out, Region):
+            raise SelectionError(f"{self.text!r}: {ast.unparse(node)!r} is no region. {_HELP}")
         return out
 
     def units(self, node: ast.expr) -> Units:
@@ -76,6 +80,9 @@ class _Reader:
                 return slice(
                     *(None if p is None else int(ast.literal_eval(p)) for p in (node.lower, node.upper, node.step))
                 )
-            return ast.literal_eval(node)
+            found = ast.literal_eval(node)
+            if not all(isinstance(i, int) for i in (found if isinstance(found, list | tuple) else [found])):
+                raise TypeError
+            return found
         except (ValueError, TypeError):
             raise SelectionError(f"{self.text!r}: {ast.unparse(node)!r} is no index. {_HELP}") from None

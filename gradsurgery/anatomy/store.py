@@ -78,14 +78,43 @@ def load_anatomy(path: Path, model: object = None) -> tuple[ParameterSpace, list
     if not isinstance(data, dict) or data.get("format") != FORMAT or "groups" not in data:
         raise ArtefactError(f"{path} is no anatomy of format {FORMAT}. Dissect the model again and save it.")
     try:
-        shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
+        shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
         space = ParameterSpace(data["model"], shapes, data["aliases"])
-        groups = [_group(item) for item in data["groups"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        structural = data["structural"]
+        _require(isinstance(space.model, str), "the model has no name")
+        _require(_is_texts(space.aliases) and set(space.aliases.values()) <= set(shapes), "aliases name no parameter")
+        _require(_is_texts(structural), "structural is no text by name")
+        groups = [_checked(_group(item), space) for item in data["groups"]]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ArtefactError(f"{path} is damaged: {json.dumps(str(error))}. Dissect the model again.") from error
     if isinstance(model, nn.Module) and (gap := space.difference(ParameterSpace.of(model))):
         raise ArtefactError(f"{path} fits another model: {gap}. Dissect this model again.")
-    return space, groups, data["structural"], data.get("seconds", 0.0)
+    return space, groups, structural, data.get("seconds", 0.0)
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
+
+
+def _is_texts(data: object) -> bool:
+    return isinstance(data, dict) and all(isinstance(value, str) for value in data.values())
+
+
+def _checked(group: UnitGroup, space: ParameterSpace) -> UnitGroup:
+    """``group`` if its fields have their types and its slices lie in the model's parameters."""
+    _require(isinstance(group.kind, str) and isinstance(group.name, str), "a group has no kind or name")
+    _require(type(group.layer) is int and type(group.closed) is bool, f"layer or closed of {group.name} is wrong")
+    _require(all(0 <= k < len(group.footprints) for k in group.consumer_slots), f"{group.name} lacks its consumers")
+    _require(bool(group.consumer_slots), f"{group.name} has no consumers")
+    for footprint in group.footprints:
+        names = {footprint.name} if isinstance(footprint.name, str) else set(footprint.name)
+        for name in names if not footprint.buffer else ():
+            shape = space.shapes[space.aliases.get(name, name)]
+            for dim, rows in footprint.index.items():
+                inside = rows.ndim == 2 and len(rows) == len(group) and rows.min() >= 0 and rows.max() < shape[dim]
+                _require(bool(inside), f"a slice of {group.name} does not fit {name}")
+    return group
 
 
 def _group(item: dict[str, Any]) -> UnitGroup:

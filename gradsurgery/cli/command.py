@@ -13,7 +13,9 @@ from gradsurgery.version import __version__
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="gradsurgery", description="Gradient surgery on parts of any Hugging Face model.")
+    out = argparse.ArgumentParser(
+        prog="gradsurgery", description="Gradient surgery on parts of any Hugging Face model."
+    )
     commands = out.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("version", help="print the version")
     command = commands.add_parser(
@@ -22,9 +24,12 @@ def parser() -> argparse.ArgumentParser:
         description="Print the anatomy of a model or config. Weights are not loaded.",
     )
     command.add_argument(
-        "model", help="folder with a config.json, a config.json, a hub name, or a model type such as llama (its default config)"
+        "model",
+        help="folder with a config.json, a config.json, a hub name, or a model type such as llama (its default config)",
     )
-    command.add_argument("--auto-class", help="e.g. AutoModelForMaskedLM; default: what the config says, or a causal LM")
+    command.add_argument(
+        "--auto-class", help="e.g. AutoModelForMaskedLM; default: what the config says, or a causal LM"
+    )
     command.add_argument("--save", type=Path, metavar="anatomy.json", help="write the anatomy as JSON")
     command.add_argument("--select", metavar="TEXT", help='a selection, e.g. "heads[:, -1:] | neurons[:, -64:]"')
     command.add_argument("--groups", action="store_true", help="list the unit groups")

@@ -56,8 +56,8 @@ def config_of(source: str) -> Any:
             first = str(error).strip().splitlines()[0]
             raise ArtefactError(f"{path} is not a config that transformers knows: {first}") from error
         raise ArtefactError(
-            f"{source!r} is neither a file or folder, nor a model type, and the hub does not give its config (offline, or no "
-            f"such model). Download it once and name the folder: gradsurgery inspect ./my-model."
+            f"{source!r} is neither a file or folder, nor a model type, and the hub does not give its config (offline, "
+            f"or no such model). Download it once and name the folder: gradsurgery inspect ./my-model."
         ) from error
 
 
@@ -71,7 +71,9 @@ def on_meta(config: Any, auto_class: str | None = None) -> nn.Module:
 
     if auto_class is not None and not hasattr(getattr(transformers, auto_class, None), "from_config"):
         raise PlanError(f"transformers has no {auto_class!r} that builds from a config; try AutoModelForCausalLM.")
-    makers = [auto_class] if auto_class else [*_stated(config), "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
+    makers = (
+        [auto_class] if auto_class else [*_stated(config), "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
+    )
     for name in makers:
         maker = getattr(transformers, name)
         try:
@@ -79,7 +81,9 @@ def on_meta(config: Any, auto_class: str | None = None) -> nn.Module:
                 return maker.from_config(config) if name.startswith("Auto") else maker(config)
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
-    raise PlanError(f"{makers[-1]} does not build from a {type(config).__name__}: {reason[:200]} Try another --auto-class.")
+    raise PlanError(
+        f"{makers[-1]} does not build from a {type(config).__name__}: {reason[:200]} Try another --auto-class."
+    )
 
 
 def _stated(config: Any) -> list[str]:
@@ -101,7 +105,9 @@ def print_groups(anatomy: Anatomy) -> None:
 
 def print_region(region: Region) -> None:
     count = f"{region.count:,} units, " if isinstance(region, Units) else ""
-    print(f"\n{region.text or 'selection'}: {count}{region.numel():,} entries, {100 * region.fraction:.3f}% of the model")
+    print(
+        f"\n{region.text or 'selection'}: {count}{region.numel():,} entries, {100 * region.fraction:.3f}% of the model"
+    )
     width = max((len(name) for name in region.entries), default=0)
     for name, entries in region.entries.items():
         parts = [_show(entries, box) for box in entries.boxes()]

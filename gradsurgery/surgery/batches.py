@@ -63,7 +63,8 @@ def batch_for(p: Pass, batch: Mapping[str, Any], model: nn.Module, known_columns
 def label_columns(p: Pass, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The label columns that a pass reads, checked against the batch they came with."""
     columns: dict[str, Tensor] = {}
-    for name in dict.fromkeys(p.columns()):
+    known = dict.fromkeys(p.columns())
+    for name in known:
         if name not in batch:
             have = ", ".join(map(str, batch)) or "nothing"
             raise BatchError(
@@ -71,10 +72,16 @@ def label_columns(p: Pass, batch: Mapping[str, Any]) -> dict[str, Tensor]:
                 f"If your data set has it, the loader dropped it: with a stock Trainer set remove_unused_columns=False."
             )
         columns[name] = check_column(name, batch[name])
-        others = {key: value for key, value in batch.items() if key not in columns}
+        others = {key: value for key, value in batch.items() if key not in known}
         size = batch_size(others) if others else columns[name].shape[0]
         if columns[name].shape[0] != size:
             raise BatchError(f"label column {name!r} has {columns[name].shape[0]} rows, the batch has {size}.")
+        tokens = {v.shape[1] for v in others.values() if isinstance(v, Tensor) and v.dim() > 1}
+        if columns[name].dim() == 2 and tokens and columns[name].shape[1] not in tokens:
+            have = " or ".join(map(str, sorted(tokens)))
+            raise BatchError(
+                f"label column {name!r} is {list(columns[name].shape)}, its rows do not fit {have} tokens."
+            )
     return columns
 
 

@@ -1,4 +1,4 @@
-"""``gs.SurgeryCallback``: a method of one pass inside a stock ``Trainer``, which owns forward, loss and backward itself."""
+"""``gs.SurgeryCallback``: a method of one pass inside a stock ``Trainer``, which owns forward, loss and backward."""
 
 from __future__ import annotations
 
@@ -151,8 +151,8 @@ def check_arguments(method: Method, args: Any) -> None:
         )
     if args.max_grad_norm and args.max_grad_norm > 0 and method.gradient:
         raise PlanError(
-            f"a stock Trainer clips to max_grad_norm={args.max_grad_norm} before the gradient stage runs; set it to 0 and "
-            f"put gs.clip({args.max_grad_norm}) last in gradient=[…], or use gs.SurgeryTrainer."
+            f"a stock Trainer clips to max_grad_norm={args.max_grad_norm} before the gradient stage runs; set it to "
+            f"0 and put gs.clip({args.max_grad_norm}) last in gradient=[…], or use gs.SurgeryTrainer."
         )
     if args.torch_compile:
         raise PlanError("SurgeryCallback cannot take label columns out of a compiled forward; use gs.SurgeryTrainer.")

@@ -1,4 +1,4 @@
-"""The state of a surgery beside a checkpoint: ``surgery.json``, and ``surgery.safetensors`` where a transform keeps tensors."""
+"""The state of a surgery beside a checkpoint: ``surgery.json``, and ``surgery.safetensors`` for tensors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def take_state(state: Mapping[str, Any], method: Method, model: nn.Module, stepp
 
 def save_state(state: Mapping[str, Any], directory: str | Path) -> None:
     """Write a state beside a checkpoint."""
-    tensors, plain = {}, {}
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
     for key, values in state.get("transforms", {}).items():
         for name, value in values.items():
             if isinstance(value, Tensor):

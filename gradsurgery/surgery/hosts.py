@@ -39,9 +39,13 @@ def check_host(host: nn.Module, slots: Iterable[str]) -> None:
                 "(torch.distributed.fsdp.fully_shard) or DDP instead."
             )
         if isinstance(module, nn.DataParallel):
-            raise PlanError("nn.DataParallel runs replicas in threads, which share hooks; use DDP, one process per device.")
+            raise PlanError(
+                "nn.DataParallel runs replicas in threads, which share hooks; use DDP, one process per device."
+            )
         if type(module).__name__ == "FullyShardedDataParallel":
-            raise PlanError("FSDP1 flattens parameters, so none has a name or a shape; use FSDP2 (fully_shard) instead.")
+            raise PlanError(
+                "FSDP1 flattens parameters, so none has a name or a shape; use FSDP2 (fully_shard) instead."
+            )
     ddp = ddp_of(host)
     if ddp is not None and ddp.gradient_as_bucket_view and set(slots) != {"main"}:
         raise PlanError("DDP(gradient_as_bucket_view=True) lets every slot share one buffer; build it with False.")
@@ -49,12 +53,13 @@ def check_host(host: nn.Module, slots: Iterable[str]) -> None:
 
 def sync_every_backward(base: nn.Module) -> None:
     """Make FSDP2 reduce in this backward, whatever the host's accumulation asked for."""
-    if hasattr(base, "set_requires_gradient_sync"):
-        base.set_requires_gradient_sync(True)
+    sync: Any = getattr(base, "set_requires_gradient_sync", None)
+    if sync is not None:
+        sync(True)
 
 
 def reduce_again(host: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients in place over DDP's ranks, unless it accumulates (what is averaged already stays as it is)."""
+    """Average the gradients in place over DDP's ranks, unless it accumulates (what is averaged already stays)."""
     ddp = ddp_of(host)
     if ddp is None or not ddp.require_backward_grad_sync:
         return

@@ -1,4 +1,4 @@
-"""How many items (loss tokens, examples) each loss is a mean over, so that micro-batches and ranks add up to one batch."""
+"""How many items (loss tokens, examples) a loss is a mean over: then micro-batches and ranks add up to one batch."""
 
 from __future__ import annotations
 

@@ -51,6 +51,9 @@ class Method:
         names = [p.name for p in self.passes]
         if len(set(names)) < len(names):
             raise PlanError(f"passes need different names, these are {', '.join(names)}.")
+        losses = [loss for p in self.passes for loss in p.losses]
+        if len(set(losses)) < len(losses):
+            raise PlanError(f"the losses of a method need different names, these are {', '.join(losses)}.")
         for field, kind in (("gradient", GradientTransform), ("update", UpdateTransform)):
             for transform in getattr(self, field):
                 if not isinstance(transform, kind):
@@ -104,7 +107,10 @@ class Method:
                 for handler in handlers:
                     kinds[type(handler).__name__] = kinds.get(type(handler).__name__, 0) + 1
             rerun = kinds.pop("RerunHandler", 0)
-            lines.append(f"  acts on {sum(kinds.values()) + rerun} modules" + (f", {rerun} of them run once per row class" * bool(rerun)))
+            lines.append(
+                f"  acts on {sum(kinds.values()) + rerun} modules"
+                + (f", {rerun} of them run once per row class" * bool(rerun))
+            )
         for stage in ("gradient", "update"):
             for transform in getattr(self, stage):
                 lines.append(f"{stage}: {transform.describe()}: {_sizes(transform)}".rstrip(": "))
@@ -119,7 +125,7 @@ class Method:
         return out
 
     def dry_run(self, model: nn.Module, batch: Mapping[str, Any]) -> DryRun:
-        """Which entries one step on this batch would send gradient to; the model and its gradients are left as they were."""
+        """Which entries one step on this batch would send gradient to; model and gradients are left as they were."""
         from gradsurgery.surgery.dry_run import dry_run
 
         return dry_run(self, model, batch)

@@ -23,7 +23,8 @@ class Pass:
 
     Args:
         name: Name of the pass, in results, logs and ``freeze(…, unless=name)``.
-        loss: ``loss(outputs, batch, refs) -> scalar``, a mean over its tokens; or several by name over the *one* forward.
+        loss: ``loss(outputs, batch, refs) -> scalar``, a mean over its tokens (a loss over other items has an
+            attribute ``count(batch)``, their number); or several by name over the *one* forward.
         under: Forward transforms of this pass.
         stream: Take the sub-batch ``batch[stream]``.
         rows: Take the rows that this bool column flags (``"~column"``: the others).
@@ -55,11 +56,13 @@ class Pass:
             if stage in ("gradient", "update"):
                 where = {"gradient": "gradient=[…]", "update": "update=[…]"}[stage]
                 raise PlanError(
-                    f"{transform.describe()} acts once per optimizer step and would be wrong per micro-batch; move it from "
-                    f"under=[…] of pass {self.name!r} to {where} of the method."
+                    f"{transform.describe()} acts once per optimizer step and would be wrong per micro-batch; move it "
+                    f"from under=[…] of pass {self.name!r} to {where} of the method."
                 )
             if not isinstance(transform, ForwardTransform):
-                raise PlanError(f"pass {self.name!r}: {transform!r} is no transform (gs.mask, gs.scale, gs.detach, gs.zero).")
+                raise PlanError(
+                    f"pass {self.name!r}: {transform!r} is no transform (gs.mask, gs.scale, gs.detach, gs.zero)."
+                )
         if not isinstance(self.into, str) and set(self.into) != set(self.losses):
             raise PlanError(
                 f"pass {self.name!r}: into names {', '.join(self.into)}, the losses are {', '.join(self.losses)}."

@@ -35,7 +35,7 @@ class Stepper:
     def __init__(self, method: Method, model: nn.Module) -> None:
         self.method, self.model = method, model
         space = ParameterSpace.of(model)
-        self.states = [t.init(space) for t in (*method.gradient, *method.update)]
+        self.states = [t.init(space) for t in method.gradient] + [t.init(space) for t in method.update]
         self.step = 0
         self.metrics: dict[str, Any] = {}
         self.ran: set[str] = set()
@@ -105,8 +105,8 @@ class Stepper:
         for transform, state in gradient:
             if not isinstance(transform, Clip):
                 transform.apply(context, state)
-        for transform, state in update:
-            transform.prepare(context, state)
+        for frozen, state in update:
+            frozen.prepare(context, state)
         for transform, state in gradient:
             if isinstance(transform, Clip):
                 transform.apply(context, state)

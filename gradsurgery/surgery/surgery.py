@@ -84,8 +84,8 @@ class Surgery:
             num_items: Loss tokens of the whole accumulation window, one number or (several losses) one by loss, as
                 ``surgery.count_items`` gives; each loss then is a sum over this batch divided by it, so that
                 micro-batches add up to one batch, and ranks to one rank.
-            backward: Runs the backward of a scalar instead of ``Tensor.backward`` (Accelerate's, a scaler's); called with
-                ``retain_graph=True`` for all but the last of several losses over one forward.
+            backward: Runs the backward of a scalar instead of ``Tensor.backward`` (Accelerate's, a scaler's); called
+                with ``retain_graph=True`` for all but the last of several losses over one forward.
 
         Returns:
             Detached fp32 scalar by loss: ``{"C1": …, "C2": …}``; 0 where ``rows`` flags nobody.
@@ -146,7 +146,8 @@ class Surgery:
             for name, loss in losses.items():
                 require_finite(name, loss)
             for k, (name, loss) in enumerate(losses.items()):
-                factor, items = p.weight * share.share, 1.0
+                factor: Any = p.weight * share.share
+                items: Any = 1.0
                 if num_items is not None:
                     items = items_of(p.losses[name], share, self.base).to(loss.device)
                     factor = p.weight * per_item(items, num_items, name)
@@ -186,7 +187,7 @@ class Surgery:
             yield
 
     def finish(self) -> None:
-        """The gradient stage, now; the optimizer's step calls it otherwise. Once per step, however often it is called."""
+        """The gradient stage, now; the optimizer's step calls it otherwise. Once per step, however often called."""
         self._require_attached()
         self._stepper.finish(self.slots)
 
@@ -195,7 +196,7 @@ class Surgery:
         """Switch the hooks on around a forward and backward that somebody else owns (TRL's trainers, your own loop).
 
         Args:
-            mode: ``"train"`` runs under the transforms of a pass; ``"generate"`` and ``"reference"`` run the model plain.
+            mode: ``"train"`` runs under the transforms of a pass; ``"generate"`` and ``"reference"`` run plain.
             batch: Brings the label columns.
             name: The pass, where the method has several.
 
@@ -269,7 +270,7 @@ class Surgery:
 
 
 def require_finite(name: str, loss: Tensor) -> None:
-    """Refuse a loss that is nan or inf before its backward spoils the gradient (checked on the host's own device only)."""
+    """Refuse a loss that is nan or inf before its backward spoils the gradient (on the CPU: it would synchronise)."""
     if loss.device.type == "cpu" and not torch.isfinite(loss).all():
         raise BatchError(
             f"the loss of {name!r} is {loss.item()}: the batch holds nan or inf, or training has diverged."

@@ -28,10 +28,10 @@ log = logging.getLogger("gradsurgery")
 class SurgeryTrainer(Trainer):
     """A stock ``Trainer`` that trains by a method.
 
-    Losses are the passes' own; accumulation, mixed precision, DDP, FSDP2, ``torch.compile``, checkpoints and logging are
-    the Trainer's. Label columns survive ``remove_unused_columns`` and never reach the model. ``args.max_grad_norm``
-    becomes a ``gs.clip`` at the end of the method's gradient stage (unless it has one), so that it clips what is stepped
-    with, and the logged ``grad_norm`` is the norm it saw. Checkpoints are stock ones with a ``surgery.json`` beside them.
+    Losses are the passes' own; accumulation, mixed precision, DDP, FSDP2, ``torch.compile``, checkpoints and logging
+    are the Trainer's. Label columns survive ``remove_unused_columns`` and never reach the model. ``max_grad_norm``
+    becomes a ``gs.clip`` at the end of the method's gradient stage (unless it has one), so that it clips what is
+    stepped with, and the logged ``grad_norm`` is the norm it saw. Checkpoints are stock ones with a ``surgery.json``.
 
     Args:
         *args: As for ``transformers.Trainer``.
@@ -42,8 +42,8 @@ class SurgeryTrainer(Trainer):
         surgery: The running `Surgery`; ``None`` outside of ``train()``.
 
     Raises:
-        PlanError: a host or an argument under which the method would be wrong: DeepSpeed, ``nn.DataParallel``, layerwise
-            optimizers, label smoothing or a ``compute_loss_func`` (passes have their own losses).
+        PlanError: a host or an argument under which the method would be wrong: DeepSpeed, ``nn.DataParallel``,
+            layerwise optimizers, label smoothing or a ``compute_loss_func`` (passes have their own losses).
         SelectionError: regions of another model.
 
     Example:
@@ -54,11 +54,13 @@ class SurgeryTrainer(Trainer):
     def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:
         if not isinstance(method, Method):
             raise PlanError(f"SurgeryTrainer takes method=gs.Method(…), not {type(method).__name__}.")
-        self.method, self.surgery, self._resumed = method, None, None
+        self.method, self.surgery = method, None
+        self._resumed: str | bool | None = None
         self._last_state: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
         self._check_host()
-        norm, self.args = self.args.max_grad_norm, copy.copy(self.args)  # the caller's arguments stay as they are
+        self.args: Any = copy.copy(self.args)  # the caller's arguments stay as they are
+        norm = self.args.max_grad_norm
         self.args.max_grad_norm = 0.0
         if norm and norm > 0 and not any(isinstance(t, Clip) for t in method.gradient):
             self.method = dataclasses.replace(method, gradient=(*method.gradient, clip(norm)))
@@ -66,6 +68,7 @@ class SurgeryTrainer(Trainer):
         self.add_callback(_Life(self))
 
     surgery: Surgery | None
+    _signature_columns: list[str] | None
 
     def _check_host(self) -> None:
         args, parallel = self.args, getattr(self.accelerator, "parallelism_config", None)
@@ -166,7 +169,8 @@ class SurgeryTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             streams = [p.stream for p in self.method.passes if p.stream]
-            self._signature_columns += sorted({*self.method.columns, *streams} - set(self._signature_columns))
+            known: list[str] = self._signature_columns or []
+            self._signature_columns = [*known, *sorted({*self.method.columns, *streams} - set(known))]
 
 
 class _Life(TrainerCallback):

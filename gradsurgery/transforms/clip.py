@@ -35,13 +35,20 @@ class Clip(GradientTransform):
             raise PlanError(f"clip takes a positive finite norm, not {self.max_norm!r}.")
 
     def apply(self, context: StepContext, state: dict[str, Any]) -> None:
-        grads = [p.grad for p in context.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        torch.nn.utils.clip_grads_with_norm_(
-            [p for p in context.parameters.values() if p.grad is not None], self.max_norm, norm
+        by_mesh: dict[Any, list[torch.nn.Parameter]] = {}  # an adapter may lie replicated beside sharded weights
+        for parameter in context.parameters.values():
+            if parameter.grad is not None:
+                by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+        norms = [
+            torch.nn.utils.get_total_norm([p.grad for p in found if p.grad is not None]) for found in by_mesh.values()
+        ]
+        norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+        total = (
+            norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
         )
-        context.metrics["grad_norm"] = norm
+        for found in by_mesh.values():
+            torch.nn.utils.clip_grads_with_norm_(found, self.max_norm, total)
+        context.metrics["grad_norm"] = total
 
     def describe(self) -> str:
         return f"clip({self.max_norm})"

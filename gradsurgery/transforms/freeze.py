@@ -75,13 +75,14 @@ class Freeze(UpdateTransform):
         if self._sleeps(context):
             state["clean"].clear()
             return
+        decayed = _decayed_moments(context)
         for name, boxes in state["boxes"].items():
             parameter = context.parameters[name]
             if parameter.grad is None:
                 continue
             kept = [(parameter.data, gather(parameter.data, boxes))]
             for key, moment in _moments(context, parameter):
-                if not self._known_zero(state, (name, key), moment, boxes):
+                if id(parameter) in decayed or not self._known_zero(state, (name, key), moment, boxes):
                     kept.append((moment, gather(moment, boxes)))
             state["saved"].append((boxes, kept))
 
@@ -109,6 +110,13 @@ def _moments(context: StepContext, parameter: nn.Parameter) -> Iterator[tuple[st
         for key, value in context.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
                 yield str(key), value
+
+
+def _decayed_moments(context: StepContext) -> set[int]:
+    """Parameters whose weight decay enters the moments (Adam's L2, SGD's), which then do not stay zero."""
+    groups = context.optimizer.param_groups if context.optimizer is not None else []
+    coupled = [g for g in groups if g.get("weight_decay") and not g.get("decoupled_weight_decay")]
+    return {id(parameter) for group in coupled for parameter in group["params"]}
 
 
 def freeze(region: Region, unless: str | None = None) -> Freeze:

@@ -37,7 +37,9 @@ class Graft:
                 return f"buffer {name} would change, and its values are the class's own"
         return ""
 
-    def apply(self, cut: Callable[[str, Tensor], Tensor], changed: Mapping[str, tuple[int, ...]], space: ParameterSpace) -> None:
+    def apply(
+        self, cut: Callable[[str, Tensor], Tensor], changed: Mapping[str, tuple[int, ...]], space: ParameterSpace
+    ) -> None:
         """Put the changes into the model; ``cut(name, parameter)`` gives the new values of ``changed`` parameters."""
         made: dict[str, nn.Parameter] = {}
         live, new = (dict(m.named_modules()) for m in (self.model, self.new))
@@ -49,7 +51,7 @@ class Graft:
                     if name not in made:
                         made[name] = nn.Parameter(cut(name, parameter.detach()), requires_grad=parameter.requires_grad)  # type: ignore[union-attr]
                     self._set(module._parameters, attribute, made[name])
-            self._attributes(vars(module), vars(old), vars(new[path]))
+            self._attributes(module.__dict__, old.__dict__, new[path].__dict__)
 
     def _attributes(self, live: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> None:
         for key, value in new.items():

@@ -29,7 +29,7 @@ _DERIVED = "the class derives these sizes from others (a head size from the hidd
 
 @torch.no_grad()
 def prune_(model: nn.Module, units: Units, inputs: Mapping[str, Any] | None = None) -> None:
-    """Cut ``units`` out of ``model``, in place: smaller tensors, and a config with which plain ``AutoModel`` loads them.
+    """Cut ``units`` out of ``model``, in place: smaller tensors, and a config by which plain ``AutoModel`` loads them.
 
     All or nothing: the config is found by building the class on ``meta``, and the pruned model must give the outputs of
     the ablated one before anything stays. Modules, dtypes, devices, ties, buffers, ``requires_grad`` and training mode
@@ -85,13 +85,16 @@ def prune_(model: nn.Module, units: Units, inputs: Mapping[str, Any] | None = No
 
 def _check_prunable(model: nn.Module, units: Units) -> None:
     for group, _ in units.groups:
-        if not group.closed or group.parent is not None and not units.anatomy.parent_of(group).closed:
+        parent = units.anatomy.parent_of(group) if group.parent is not None else None
+        if not group.closed or (parent is not None and not parent.closed):
             raise PlanError(
-                f"prune_: the {group.kind}s of {group.name} are coupled (by a full-width norm or a router), so that the "
+                f"prune_: the {group.kind}s of {group.name} are coupled (by a full-width norm or a router), so the "
                 f"others would change without them. {_WAY_OUT}"
             )
     if not hasattr(model, "config") or not hasattr(model.config, "to_dict"):
-        raise PlanError(f"prune_ needs a Hugging Face model with a config, and {type(model).__name__} has none. {_WAY_OUT}")
+        raise PlanError(
+            f"prune_ needs a Hugging Face model with a config, and {type(model).__name__} has none. {_WAY_OUT}"
+        )
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
             raise PlanError(f"prune_: {name} is sharded; prune before fully_shard, or: {_WAY_OUT}")
@@ -115,7 +118,9 @@ def _target(model: nn.Module, space: ParameterSpace, kept: dict[str, Entries]) -
             shape = _kept_shape(entries)
             if shape is None:
                 lost = "would be empty" if not entries else "loses unequally many entries from part to part"
-                raise PlanError(f"prune_: {name} {lost}. Remove equally many units of every expert and layer, or: {_WAY_OUT}")
+                raise PlanError(
+                    f"prune_: {name} {lost}. Remove equally many units of every expert and layer, or: {_WAY_OUT}"
+                )
             target[name] = shape
     return target
 
@@ -141,7 +146,12 @@ def _counts(units: Units) -> list[tuple[int, int]]:
 
 
 def _widths(units: Units) -> list[int]:
-    return [rows.shape[1] for group, _ in units.groups for k in group.consumer_slots for rows in group.footprints[k].index.values()]
+    return [
+        rows.shape[1]
+        for group, _ in units.groups
+        for k in group.consumer_slots
+        for rows in group.footprints[k].index.values()
+    ]
 
 
 def _uneven(units: Units) -> str:
@@ -165,7 +175,9 @@ def _inputs(model: nn.Module) -> Mapping[str, Any]:
         raise PlanError(f"prune_ cannot check its work: {error} Pass inputs=… of a small forward.") from None
     first = next(model.parameters())
     return {
-        name: value.to(first.device, first.dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+        name: value.to(first.device, first.dtype if value.is_floating_point() else None)
+        if isinstance(value, Tensor)
+        else value
         for name, value in made.items()
     }
 

@@ -28,7 +28,7 @@ def built(model: nn.Module, config: Any, buffers: bool = False) -> nn.Module:
         if not buffers:
             with torch.device("meta"):
                 return type(model)(config)
-        handle = register_module_parameter_registration_hook(_without_storage)
+        handle = register_module_parameter_registration_hook(_without_storage)  # type: ignore[arg-type]
         try:
             return type(model)(config)
         finally:
@@ -124,11 +124,11 @@ def _stated_widths(config: Any, widths: Sequence[int]) -> Iterator[Change]:
 
 
 def _effect(model: nn.Module, change: Change, before: Shapes, target: Shapes, refusals: list[str]) -> str:
-    """What one change does on its own: ``moves`` shapes that must move, is ``idle``, ``spoils`` others, or ``fails``."""
+    """What one change does alone: ``moves`` shapes that must move, is ``idle``, ``spoils`` others, or ``fails``."""
     is_guess = _value_at(model.config, change[0]) is None
     try:
         shapes = shapes_of(built(model, changed(model.config, [change])))
-    except Exception:  # noqa: BLE001 - a config that is wrong in any way is not the one
+    except Exception:  # a config that is wrong in any way is not the one
         return "spoils" if is_guess else "fails"
     if shapes == before:
         return "spoils" if is_guess else "idle"
@@ -153,7 +153,7 @@ def _fitting(model: nn.Module, changes: Sequence[Change], target: Shapes, refusa
             return config
         refusals.append(_mismatch(shapes, target))
         return None
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:  # as above
         refusals.append(str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__)
         return None
 

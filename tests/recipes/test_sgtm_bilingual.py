@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 TINY = {
-    "data.limit": 250,
-    "data.test_rows": 8,
+    "text.limit": 250,
+    "text.test_rows": 8,
     "model.context": 32,
     "model.options": json.dumps(
         {
@@ -106,8 +106,8 @@ def test_the_same_command_resumes_and_another_configuration_is_refused(finished:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"data__source": "nowhere.jsonl"}, "does not exist"),
-        ({"data__source": "hub:nobody/nothing"}, "local files"),
+        ({"data": "nowhere.jsonl"}, "does not exist"),
+        ({"data": "hub:nobody/nothing"}, "local files"),
         ({"sgtm__neurons": 99}, "leave nothing"),
         ({"labels__undiscovered": 1.5}, "rate"),
     ],

@@ -1,1 +1,1 @@
-"""The engine of ``gs.dissect``: gradient coupling, level sets, swap verification, twins."""
+"""How units are found: trace, couple, group, verify; and a twin's findings carried over to large models."""

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .coupling import Lines, Reach, block_of, gradients, lines_into, reach_of
 from .draft import Draft, Findings
-from .group import Cluster, clusters_of, drafts_of
-from .trace import Node, Trace, cotangent
+from .group import Cluster, claimed, clusters_of, drafts_of
+from .node import Node, cotangent
+from .trace import Trace
 
 
 @dataclass
@@ -77,7 +78,7 @@ def couple(seen: Survey, block: str, nodes: list[Node], biases: dict[str, tuple[
             found.structural.update((name, "joined with other inputs") for name in _local(cluster) if name in private)
             continue
         found.drafts.extend(drafts)
-        found.claimed |= _local(cluster) | {line.name for part in cluster.lines for line in part if len(line.shape) > 1}
+        found.claimed |= claimed(cluster, weights) - elsewhere
     return found
 
 

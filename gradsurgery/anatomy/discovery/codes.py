@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .trace import Node, cotangent
+from .node import Node, cotangent
 
 _TOLERANCE = 1e-7
 
@@ -22,35 +22,46 @@ def decode(
     """``name -> per dim, bool [columns, coordinates]``, or ``None`` where the tiles do not explain some line."""
     count = node.columns
     ids, z = node.column_ids(), cotangent(node.tensor)
+    found = {name: [np.zeros((count, size), dtype=bool) for size in t.shape] for name, t in tensors.items()}
+    masked = {name: plain[name] * private[name] for name in tensors}
+    samples = [0, count - 1, count // 2, count // 3]
+    probes = [_grad(node.tensor, tensors, torch.where(ids == c, z, 0.0 * z)) for c in samples]
     open_: dict[tuple[str, int], np.ndarray] = {}
-    found: dict[str, list[np.ndarray]] = {}
     for name, tensor in tensors.items():
-        found[name] = []
-        for dim, size in enumerate(tensor.shape):
-            alive = _rows(plain[name] * private[name], dim).abs().amax(1).numpy() > 0
-            found[name].append(np.zeros((count, size), dtype=bool))
-            open_[name, dim] = alive
+        for dim in range(tensor.ndim):
+            touched = torch.stack([_rows(p[name] * private[name], dim).abs().amax(1) > 0 for p in probes]).all(0)
+            alive = _rows(masked[name], dim).abs().amax(1) > 0
+            found[name][dim][:, (alive & touched).numpy()] = True  # from end to end and in between: every column
+            open_[name, dim] = (alive & ~touched).numpy()
     for tiles in _tilings(count):
+        if not any(rows.any() for rows in open_.values()):
+            break
         code = torch.from_numpy(1 + np.random.default_rng(tiles.max() + 1).random(tiles.max() + 1))
         coded = _grad(node.tensor, tensors, z * code[tiles][ids])
         for (name, dim), rows in open_.items():
-            if not rows.any():
+            left = np.flatnonzero(rows)
+            if not len(left):
                 continue
-            tile = _match(_rows(plain[name] * private[name], dim), _rows(coded[name] * private[name], dim), code)
-            hits = np.flatnonzero(rows & (tile >= 0))
-            found[name][dim][:, hits] = tiles[:, None] == tile[hits][None]
+            some = torch.from_numpy(left)
+            tile = _match(
+                _rows(masked[name].index_select(dim, some), dim),
+                _rows((coded[name] * private[name]).index_select(dim, some), dim),
+                code,
+            )
+            hits = left[tile >= 0]
+            found[name][dim][:, hits] = tiles[:, None] == tile[tile >= 0][None]
             rows[hits] = False
-    samples = [0, count - 1, count // 2, count // 3]
-    probes = [_grad(node.tensor, tensors, torch.where(ids == c, z, 0.0 * z)) for c in samples]
     for (name, dim), rows in open_.items():
-        touched = torch.stack([_rows(p[name] * private[name], dim).abs().amax(1) > 0 for p in probes])
-        every = touched.all(0).numpy()
-        if (rows & ~every).any() and len([d for d in range(tensors[name].ndim) if open_[name, d].any()]) > 0:
-            explained = any((found[name][d].any(0)).any() for d in range(tensors[name].ndim) if d != dim)
-            if not explained:
+        if rows.any():
+            others = [d for d in range(tensors[name].ndim) if d != dim]
+            if not any(_local(found[name][d]) for d in others):
                 return None
-        found[name][dim][:, rows] = True
+            found[name][dim][:, rows] = True  # mixed along this dimension because another one tells units apart
     return found
+
+
+def _local(hits: np.ndarray) -> bool:
+    return bool((hits.any(0) & ~hits.all(0)).any())
 
 
 def _grad(x: Tensor, tensors: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
@@ -77,7 +88,9 @@ def _match(plain: Tensor, coded: Tensor, code: Tensor) -> np.ndarray:
     ratio = (plain * coded).sum(1) / norm
     residual = (coded - ratio[:, None] * plain).abs().amax(1) / scale.clamp_min(1e-300)
     ordered, order = code.sort()
-    place = torch.searchsorted(ordered, ratio).clamp(1, len(code) - 1) if len(code) > 1 else torch.zeros_like(ratio).long()
+    place = (
+        torch.searchsorted(ordered, ratio).clamp(1, len(code) - 1) if len(code) > 1 else torch.zeros_like(ratio).long()
+    )
     lower = (place - 1).clamp_min(0)
     nearest = torch.where((ordered[place] - ratio).abs() < (ordered[lower] - ratio).abs(), place, lower)
     off = (ordered[nearest] - ratio).abs()

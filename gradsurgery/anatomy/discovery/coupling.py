@@ -15,19 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from .codes import decode
-from .trace import Node, Trace, cotangent
+from .node import Node, cotangent
+from .trace import Trace
 
-WIDE = 160
+WIDE = 48
 _CHUNK = 32
 
 
 def block_of(model: nn.Module) -> dict[str, str]:
-    """Innermost ``ModuleList`` element that holds each parameter and buffer (``""``: none)."""
-    lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    blocks = {}
+    """Innermost element of a ``ModuleList`` or ``ModuleDict`` that holds each parameter and buffer (``""``: none)."""
+    lists = {path for path, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.ModuleDict))}
+    blocks: dict[str, str] = {}
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)] + [n for n, _ in model.named_buffers()]
     for name in names:
-        parts, block = name.split("."), ""
+        parts = name.split(".")
+        block = ""
         for i in range(len(parts) - 1):
             if ".".join(parts[:i]) in lists:
                 block = ".".join(parts[: i + 1])
@@ -74,7 +76,7 @@ class Reach:
 def gradients(pairs: Iterable[tuple[Tensor, Tensor]], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of ``sum <cotangent, activation>`` with respect to the tensors that it reaches."""
     pairs = [(x, z) for x, z in pairs if x.requires_grad]
-    if not pairs:
+    if not pairs or not tensors:
         return {}
     outputs, seeds = zip(*pairs, strict=True)
     found = torch.autograd.grad(outputs, list(tensors.values()), seeds, retain_graph=True, allow_unused=True)
@@ -89,11 +91,12 @@ def reach_of(trace: Trace, outputs: list[Tensor], blocks: dict[str, str]) -> Rea
             readers.setdefault(block, []).append(node)
     reach = Reach()
     ends = [(x, cotangent(x)) for x in outputs]
-    for block in [*readers, None]:
-        pairs = ends if block is None else [(node.tensor, cotangent(node.tensor)) for node in readers[block]]
+    keys: list[str | None] = [*readers, None]
+    for key in keys:
+        pairs = ends if key is None else [(node.tensor, cotangent(node.tensor)) for node in readers[key]]
         for name, gradient in gradients(pairs, trace.tensors).items():
             mask = gradient != 0
-            target = reach.inside if block == blocks[name] else reach.leaks
+            target = reach.inside if key == blocks[name] else reach.leaks
             target[name] = target[name] | mask if name in target else mask
     return reach
 
@@ -138,9 +141,7 @@ def _column_by_column(node: Node, tensors: dict[str, Tensor], private: dict[str,
 def _backward(x: Tensor, tensors: list[Tensor], seeds: Tensor, batched: bool) -> tuple[list[Tensor | None], bool]:
     if batched:
         try:
-            grads = torch.autograd.grad(
-                x, tensors, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
+            grads = torch.autograd.grad(x, tensors, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True)
             return list(grads), True
         except RuntimeError:
             pass  # some backward formulas know no batching
@@ -166,4 +167,4 @@ def _lines(name: str, shape: tuple[int, ...], projections: list[np.ndarray]) -> 
     sets = np.ones((columns, 1), dtype=bool)
     for dim in dims:
         sets = (sets[:, :, None] & projections[dim][:, None, :]).reshape(columns, -1)
-    return Lines(name, shape, tuple(dims), sets, touched, sets[alive].all(0) & (columns > 1))
+    return Lines(name, shape, tuple(dims), sets, touched, np.asarray(sets[alive].all(0) & (columns > 1)))

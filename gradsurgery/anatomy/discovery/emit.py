@@ -6,7 +6,7 @@ from torch import nn
 
 from ..groups import Footprint, UnitGroup
 from .draft import Draft
-from .experts import _common
+from .experts import common_module
 
 _ORDER = {"head": 0, "kv_group": 1, "neuron": 2, "expert": 3}
 
@@ -33,7 +33,7 @@ def _group(draft: Draft, lists: set[str]) -> UnitGroup:
 def name_of(draft: Draft) -> str:
     """The module that owns a draft: the innermost that holds all its tensors."""
     names = [n for s in draft.slots for n in ([s.name] if isinstance(s.name, str) else s.name)]
-    common = _common(names)
+    common = common_module(names)
     if draft.expert is not None and not common.endswith(f".{draft.expert}"):
         common = f"{common}.{draft.expert}"
     return common

@@ -46,14 +46,14 @@ def _families(drafts: list[Draft], tensors: dict[str, Tensor]) -> Iterator[tuple
         if draft.kind != "neuron":
             continue
         shared.setdefault((draft.block, *(s.name for s in draft.slots)), []).append(draft)
-        head, _, number = draft.block.rpartition(".")
-        if number.isdigit() and any(part.isdigit() for part in head.split(".")):
+        head = draft.block.rstrip("0123456789")
+        if head != draft.block and any(part.isdigit() for part in head.split(".")):
             relative = tuple(str(s.name)[len(draft.block) :] for s in draft.slots)
             listed.setdefault((head, draft.count, *relative), []).append(draft)
     for members in shared.values():
         if len(members) > 1:
             members.sort(key=lambda d: [int(v.min()) for _, v in sorted(d.slots[0].index.items())])
-            scope = _common([str(s.name) for s in members[0].slots])
+            scope = common_module([str(s.name) for s in members[0].slots])
             yield members, _slices(members, tensors), _ancestors(scope, members[0].block)
     for (head, *_), members in listed.items():
         if len(members) > 1:
@@ -61,7 +61,12 @@ def _families(drafts: list[Draft], tensors: dict[str, Tensor]) -> Iterator[tuple
             inner = sorted(n[len(blocks[0]) :] for n in tensors if n.startswith(blocks[0] + "."))
             if all(f"{b}{n}" in tensors for b in blocks for n in inner) and "." in head:
                 slots = [Slot(tuple(b + n for b in blocks), {}, _role(members[0], blocks[0] + n)) for n in inner]
-                yield members, slots, _ancestors(head.rpartition(".")[0], head.rpartition(".")[0])
+                around = (
+                    head.rpartition(".")[0].rpartition(".")[0]
+                    if not head.endswith(".")
+                    else head[:-1].rpartition(".")[0]
+                )
+                yield members, slots, [around]
 
 
 def _slices(members: list[Draft], tensors: dict[str, Tensor]) -> list[Slot]:
@@ -80,7 +85,7 @@ def _role(draft: Draft, name: str) -> str:
     return next((s.role for s in draft.slots if s.name == name), "producer")
 
 
-def _common(names: list[str]) -> str:
+def common_module(names: list[str]) -> str:
     parts = [name.split(".")[:-1] for name in names]
     same = 0
     while all(len(p) > same for p in parts) and len({p[same] for p in parts}) == 1:
@@ -117,7 +122,7 @@ def _with_router(
         lines = np.arange(count)[:, None]
         if dims:
             exact.append(Slot(name, {dims[0]: lines}, "router", name in buffers))
-        elif tensor.ndim == 2 and tensor.shape[0] > count or tensor.ndim == 1 and tensor.shape[0] > count:
+        elif (tensor.ndim == 2 and tensor.shape[0] > count) or (tensor.ndim == 1 and tensor.shape[0] > count):
             longer.append(Slot(name, {0: lines}, "router", name in buffers))
     for extra in _choices(exact, longer):
         draft = Draft("expert", scope, (*slots, *extra), count, closed=False)

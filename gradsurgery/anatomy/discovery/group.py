@@ -7,13 +7,14 @@ finest tiling that private lines give; what several heads share joins them into 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
 from .coordinates import Index
 from .coupling import Lines
 from .draft import Draft, Slot, tiles_from_labels
-from .trace import Node
+from .node import Node
 
 
 @dataclass
@@ -73,7 +74,9 @@ def _share(a: Lines, b: Lines) -> bool:
     return bool(((a.sets.any(0) & ~a.dense) & (b.sets.any(0) & ~b.dense)).any())
 
 
-def drafts_of(cluster: Cluster, block: str, biases: dict[str, tuple[str, int]], weights: set[str], elsewhere: set[str]) -> list[Draft]:
+def drafts_of(
+    cluster: Cluster, block: str, biases: dict[str, tuple[str, int]], weights: set[str], elsewhere: set[str]
+) -> list[Draft]:
     """Units of a cluster, finest last; empty where nothing is local."""
     sets = cluster.sets()
     local = [matrix[:, matrix.any(0)] for name, (_, matrix, _) in sets.items() if name in weights]
@@ -103,9 +106,9 @@ def drafts_of(cluster: Cluster, block: str, biases: dict[str, tuple[str, int]], 
     heads = maker.draft("head", fine)
     units = tuple(order.index(p) for p in parents)
     shapes = {name: lines.shape for name, (lines, _, _) in sets.items()} | maker.bias_shapes()
-    held = {s.name: _entries(s, shapes[s.name], heads.count) for s in heads.slots if s.role == "producer"}
+    held = {str(s.name): _entries(s, shapes[str(s.name)], heads.count) for s in heads.slots if s.role == "producer"}
     produced = [s for s in group.slots if s.role == "producer"]
-    if all(_entries(s, shapes[s.name], group.count) <= held.get(s.name, 0) for s in produced):
+    if all(_entries(s, shapes[str(s.name)], group.count) <= held.get(str(s.name), 0) for s in produced):
         return [heads]
     return [group, replace(heads, parent=group, parent_units=units)]
 
@@ -119,7 +122,7 @@ def _entries(slot: Slot, shape: tuple[int, ...], count: int) -> int:
 def _sizes(families: np.ndarray, nodes: list[Node]) -> np.ndarray:
     """Most columns that a family has in one activation."""
     starts = np.cumsum([0] + [node.columns for node in nodes])
-    return np.max([families[a:b].sum(0) for a, b in zip(starts, starts[1:], strict=False)], axis=0)
+    return np.max([families[a:b].sum(0) for a, b in pairwise(starts)], axis=0)
 
 
 def _components(families: np.ndarray) -> np.ndarray:
@@ -151,14 +154,33 @@ def _finest(families: np.ndarray, counts: np.ndarray, coarse: np.ndarray, sizes:
     return min(candidates, key=lambda c: c[:3])[3]
 
 
+def claimed(cluster: Cluster, weights: set[str]) -> set[str]:
+    """Names of tensors with lines that write one unit only, and of weights that write all of them: no bystanders."""
+    sets = cluster.sets()
+    local = [matrix[:, matrix.any(0)] for name, (_, matrix, _) in sets.items() if name in weights]
+    labels = _components(np.unique(np.concatenate(local, axis=1), axis=1))
+    whole = labels.max() == labels.min()
+    found = set()
+    for name, (lines, matrix, dense) in sets.items():
+        spans = [len(np.unique(labels[column])) for column in matrix.T if column.any()]
+        inside = bool(spans) and min(spans) == 1 and not (whole and name not in weights)
+        if inside or (name in weights and len(lines.shape) > 1 and dense.any()):
+            found.add(name)
+    return found
+
+
 class _Maker:
     """Turn labels of columns into slots: the lines inside each tile, and the columns that read it."""
 
-    def __init__(self, cluster: Cluster, sets: dict, block: str, biases: dict[str, tuple[str, int]], elsewhere: set) -> None:
+    def __init__(
+        self, cluster: Cluster, sets: dict, block: str, biases: dict[str, tuple[str, int]], elsewhere: set
+    ) -> None:
         self.cluster, self.sets, self.block, self.biases, self.elsewhere = cluster, sets, block, biases, elsewhere
 
     def bias_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {bias: (self.sets[name][0].shape[dim],) for name, (bias, dim) in self.biases.items() if name in self.sets}
+        return {
+            bias: (self.sets[name][0].shape[dim],) for name, (bias, dim) in self.biases.items() if name in self.sets
+        }
 
     def draft(self, kind: str, labels: np.ndarray, shared: bool = False) -> Draft:
         tiles = tiles_from_labels(labels)
@@ -211,20 +233,22 @@ class _Maker:
                 units = merged.setdefault(read.name, [{} for _ in tiles])
                 for unit, columns in zip(units, own, strict=True):
                     for dim in range(len(shapes[read.name])):
-                        rows = read.index[dim][columns].ravel().tolist() if dim in read.index else range(shapes[read.name][dim])
+                        rows = (
+                            read.index[dim][columns].ravel().tolist()
+                            if dim in read.index
+                            else range(shapes[read.name][dim])
+                        )
                         unit.setdefault(dim, set()).update(rows if len(columns) else ())
         slots = []
         for name, units in merged.items():
-            index: Index | None = {}
+            index: Index = {}
+            rows = [[sorted(unit[dim]) for unit in units] for dim in range(len(shapes[name]))]
+            if any(len({len(r) for r in each}) != 1 or not each[0] for each in rows):
+                continue
             for dim, size in enumerate(shapes[name]):
-                rows = [sorted(unit[dim]) for unit in units]
-                if len({len(r) for r in rows}) != 1 or not rows[0]:
-                    index = None
-                    break
-                if len(rows[0]) < size:
-                    index[dim] = np.array(rows, dtype=np.int64)
-            if index is not None:
-                slots.append(Slot(name, index, "consumer"))
+                if len(rows[dim][0]) < size:
+                    index[dim] = np.array(rows[dim], dtype=np.int64)
+            slots.append(Slot(name, index, "consumer"))
         return slots
 
 

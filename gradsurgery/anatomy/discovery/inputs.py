@@ -25,7 +25,8 @@ def dummy_inputs(model: nn.Module, batch: int = BATCH, length: int = LENGTH, see
     main = getattr(model, "main_input_name", None)
     if config is None or main is None:
         raise AnatomyError(
-            f"{type(model).__name__} has no Hugging Face config, so its inputs are unknown: pass gs.dissect(model, inputs)."
+            f"{type(model).__name__} has no Hugging Face config, so its inputs are unknown: pass "
+            "gs.dissect(model, inputs)."
         )
     accepted = inspect.signature(model.forward).parameters
     vocabulary = _vocabulary(config)

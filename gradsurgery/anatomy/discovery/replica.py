@@ -5,8 +5,10 @@ Default initialisation (zero biases, unit norms, weights of size 0.02) lets wron
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +49,10 @@ def prefer_eager(model: nn.Module) -> None:
     """Plain kernels everywhere: they are views of the parameters and have second-order and batched gradients."""
     setter = getattr(model, "set_attn_implementation", None)
     if setter is not None:
-        try:
+        with contextlib.suppress(Exception):  # some classes know one implementation only and refuse
             setter("eager")
-        except Exception:  # noqa: BLE001 - some classes know one implementation only and refuse
-            pass
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "_experts_implementation", None) is not None:
             config._experts_implementation = "eager"
         if getattr(config, "use_cache", None):

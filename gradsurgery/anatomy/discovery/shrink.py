@@ -16,24 +16,34 @@ HEAD_SIZE = 8
 _WIDTHS = (44, 52, 28, 36, 60, 20, 68, 76, 84, 92)
 
 _LAYERS = re.compile(r"^(num_(hidden_|encoder_|decoder_|text_)?layers|n_layers?|(en|de)coder_layers|num_blocks)$")
-_HEADS = re.compile(r"(^|_)(num_|n_)?(attention_|key_value_|kv_|query_|k_|v_|key_|value_|mamba_)*(heads|head|query_groups)$|^(mamba_)?n_?groups$")
+_HEADS = re.compile(r"heads$|query_groups$|(^|_)(n|num)_head$|^(mamba_)?n_?groups$")
 _HEAD_SIZE = re.compile(r"^(?!num_|n_).*(head_dim|d_head|headdim|head_size|d_kv|kv_channels|dim_head|rotary_dim)$")
-_HIDDEN = re.compile(r"^(hidden_size|d_model|n_embd|model_dim|dim_model|emb_dim|embed_dim|word_embed_proj_dim|d_embed)$")
-_WIDTH = re.compile(r"(intermediate|inner|ffn|feed_forward|d_ff$|dff|dim_ff|n_inner|mlp_hidden|mlp_dim)")
+_HIDDEN = re.compile(
+    r"^(hidden_size|d_model|n_embd|model_dim|dim_model|emb_dim|embed_dim|word_embed_proj_dim|d_embed|dim|embedding_size|lru_width|attention_hidden_size)$"
+)
+_WIDTH = re.compile(
+    r"^(?!num_|inner_group).*(intermediate|inner|ffn|feed_forward|d_ff$|dff|dim_ff|n_inner|mlp_hidden|mlp_dim|^hidden_dim$)"
+)
 _EXPERTS = re.compile(r"^(num_experts|num_local_experts|n_routed_experts|moe_num_experts|n_experts)$")
 _CHOSEN = re.compile(r"^(num_experts_per_tok|num_experts_per_token|moe_topk|moe_k|top_k_experts|moe_top_k)$")
 _RANK = re.compile(r"(lora_rank|dt_rank|time_step_rank|_rank)$")
 _STATE = re.compile(r"(d_state|state_size)$")
-_LENGTH = re.compile(r"(max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len|context_length)$")
+_LENGTH = re.compile(
+    r"(max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len|context_length)$"
+)
 _WINDOW = re.compile(r"(sliding_window|window_size|chunk_size|attention_window)$")
 _PERIOD = re.compile(r"(period|offset|interval|every_n|freq|sparse_step|pattern|dense_replace)")
 _TOKEN = re.compile(r"(token_id|token_index|_token_ids?)$")
 
 
-def shrunken(config: Any) -> Any:
-    """A copy of a Hugging Face config with small sizes, sub-configs included."""
+def shrunken(config: Any, step: int = 0) -> Any:
+    """A copy of a Hugging Face config with small sizes, sub-configs included.
+
+    Args:
+        step: 0 for the smallest twin, 1 for one with more heads and other widths, 2 for one with all its heads.
+    """
     small = copy.deepcopy(config)
-    _shrink(small)
+    _shrink(small, step)
     return small
 
 
@@ -42,36 +52,37 @@ def head_counts(config: Any) -> dict[str, int]:
     return dict(_integers(config, _HEADS))
 
 
-def head_factor(config: Any) -> int:
+def head_factor(config: Any, step: int = 0) -> int:
     """What all head counts of ``config`` are divided by in its twin."""
+    if step == 2:
+        return 1
     counts = [v for _, v in _integers(config, _HEADS) if v > 1]
     if not counts:
         return 1
     common = math.gcd(*counts)
     floor = 2 if len(set(counts)) > 1 else 4
-    return max((f for f in range(1, common + 1) if common % f == 0 and min(counts) // f >= floor), default=1)
+    factors = [f for f in range(1, common + 1) if common % f == 0 and min(counts) // f >= floor] or [1]
+    return factors[-2] if step == 1 and len(factors) > 1 else factors[-1]
 
 
-def _shrink(config: Any) -> None:
-    for name, value in list(vars(config).items()):
+def _shrink(config: Any, step: int) -> None:
+    for value in list(vars(config).values()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            _shrink(value)
-    factor = head_factor(config)
+            _shrink(value, step)
+    factor = head_factor(config, step)
     changes: dict[str, Any] = {}
     for name, value in _integers(config, _HEADS):
         changes[name] = value // factor if value > 1 else value
     heads = max([v for n, v in changes.items() if "kv" not in n and "mamba" not in n and "linear" not in n], default=4)
-    hidden = heads * HEAD_SIZE
-    if hidden < 24:
-        hidden = heads * HEAD_SIZE * 2
-    for name, value in _integers(config, _HIDDEN):
+    hidden = heads * HEAD_SIZE * (2 if heads < 3 or step == 1 else 1)
+    for name, _ in _integers(config, _HIDDEN):
         changes[name] = hidden
     sizes = dict(_integers(config, _HEAD_SIZE))
     unit = math.gcd(*sizes.values()) // (4 if len(set(sizes.values())) > 1 else HEAD_SIZE) if sizes else 1
     for name, value in sizes.items():
         changes[name] = HEAD_SIZE // 2 if name == "rotary_dim" else max(2, value // max(unit, 1))
     _recurrent(config, changes, hidden)
-    widths = iter(_WIDTHS * 3)
+    widths = iter([w + 12 * step for w in _WIDTHS] * 3)
     for name, value in vars(config).items():
         if isinstance(value, list) and _WIDTH.search(name) and all(isinstance(v, int) for v in value):
             changes[name] = [next(widths)] * len(value)
@@ -106,7 +117,7 @@ def _recurrent(config: Any, changes: dict[str, Any], hidden: int) -> None:
     fields = vars(config)
     expand = next((v for n, v in fields.items() if n in ("expand", "mamba_expand") and isinstance(v, (int, float))), 2)
     for size in ("mamba_d_head", "mamba_head_dim", "mamba_headdim", "head_dim"):
-        if size not in fields or size == "head_dim" and "state_size" not in fields:
+        if size not in fields or (size == "head_dim" and "state_size" not in fields):
             continue
         own = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
         count = next((changes[n] for n in own if n in changes), None)
@@ -145,7 +156,9 @@ def _layers(config: Any, changes: dict[str, Any]) -> None:
     """Keep the first layer of every kind, in order, and at least two layers."""
     counts = dict(_integers(config, _LAYERS))
     for name, count in counts.items():
-        lists = {n: v for n, v in vars(config).items() if isinstance(v, (list, tuple)) and len(v) == count and count > 2}
+        lists = {
+            n: v for n, v in vars(config).items() if isinstance(v, (list, tuple)) and len(v) == count and count > 2
+        }
         kinds: dict[tuple, int] = {}
         for layer in range(count):
             kinds.setdefault(tuple(str(v[layer]) for v in lists.values()), layer)

@@ -26,8 +26,8 @@ def needs_twin(model: nn.Module) -> bool:
     return sum(p.numel() for p in parameters) > MOST_PARAMETERS
 
 
-def twin_of(model: nn.Module) -> nn.Module:
-    """A prepared twin of ``model``.
+def twin_of(model: nn.Module, step: int = 0) -> nn.Module:
+    """A prepared twin of ``model``; see ``shrunken`` for ``step``.
 
     Raises:
         AnatomyError: The class cannot be built from a smaller config.
@@ -38,7 +38,7 @@ def twin_of(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no Hugging Face config to build a small twin from, and its weights are on "
             "the meta device: give the model weights first."
         )
-    small = shrunken(config)
+    small = shrunken(config, step)
     try:
         with torch.device("cpu"):
             return prepare(type(model)(small))

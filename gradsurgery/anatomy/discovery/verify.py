@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .draft import Draft, Slot
 from .moves import fill_, permute_, restored, unit_values
-from .trace import cotangent
+from .node import cotangent
 
 Forward = Callable[[], list[Tensor]]
 
@@ -35,6 +36,7 @@ class Judge:
         with torch.no_grad():
             self.base = forward()
         self.slopes: dict[str, Tensor] | None = None
+        self.known: set[tuple[int, ...]] = set()
         self.generator = torch.Generator().manual_seed(3)
 
     def difference(self, outputs: list[Tensor], base: list[Tensor] | None = None) -> float:
@@ -83,6 +85,9 @@ class Judge:
 
     def classes(self, draft: Draft, limit: int = 40) -> tuple[int, ...]:
         """Exchange classes by pair swaps; beyond ``limit`` units every unit is taken to be alone."""
+        for classes in self.known:
+            if len(classes) == draft.count and self._fits(replace(draft, classes=classes)):
+                return classes
         labels = [-1] * draft.count
         if draft.count > limit:
             return tuple(range(draft.count))
@@ -93,7 +98,15 @@ class Judge:
                     if labels[other] < 0 and self.swaps(draft, unit, other):
                         labels[other] = unit
         order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-        return tuple(order[label] for label in labels)
+        classes = tuple(order[label] for label in labels)
+        self.known.add(classes)
+        return classes
+
+    def _fits(self, draft: Draft) -> bool:
+        """Whether classes seen in another layer hold here: permuting inside changes nothing, swapping across does."""
+        classes = draft.classes or ()
+        firsts = [classes.index(label) for label in dict.fromkeys(classes)]
+        return self.exchange([draft])[0] and not any(self.swaps(draft, a, b) for a, b in pairwise(firsts))
 
     @torch.no_grad()
     def closed(self, drafts: Sequence[Draft]) -> list[bool]:
@@ -120,7 +133,9 @@ class Judge:
             with torch.enable_grad():
                 outputs = [x for x in self.forward() if x.requires_grad]
                 listed = list(self.tensors.items())
-                found = torch.autograd.grad(outputs, [t for _, t in listed], [cotangent(x) for x in outputs], allow_unused=True)
+                found = torch.autograd.grad(
+                    outputs, [t for _, t in listed], [cotangent(x) for x in outputs], allow_unused=True
+                )
             self.slopes = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(listed, found, strict=True)}
         values = unit_values(self.slopes, consumers(draft), draft.count)
         return int((values > 0).sum()) * 2 > draft.count  # some neurons clip on every token
@@ -135,7 +150,10 @@ def producers(draft: Draft) -> list[Slot]:
 
 
 def disjoint(draft: Draft) -> bool:
-    """Whether no two units of a group claim one entry."""
+    """Whether no two units of a group claim one entry; rows and columns of one tensor always cross."""
+    names = [slot.name for slot in draft.slots]
+    if len(set(names)) < len(names) and draft.count > 1:
+        return False
     for slot in draft.slots:
         if not isinstance(slot.name, str) or draft.count == 1:
             continue

@@ -22,7 +22,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Handler:
-    """Runs a module under a program: ``before`` may change its call, ``after`` its output. Pure but for a call stack."""
+    """Runs a module under a program: ``before`` may change its call, ``after`` its output. Pure but for a stack."""
 
     def __init__(self, module: nn.Module, program: Program) -> None:
         self.program = program
@@ -38,7 +38,7 @@ class Handler:
 
 
 class LinearHandler(Handler):
-    """Exact ``nn.Linear`` and ``Conv1D``: the module computes on an empty slice, the real output comes from the plan."""
+    """Exact ``nn.Linear`` and ``Conv1D``: the module computes on an empty slice, the plan gives the real output."""
 
     def __init__(self, module: nn.Module, program: Program) -> None:
         super().__init__(module, program)
@@ -54,7 +54,8 @@ class LinearHandler(Handler):
 
     def after(self, module: nn.Module, output: Any, run: Run) -> Any:
         x = self.inputs.pop()
-        weight, bias = module.weight, module.bias
+        weight: Any = module.weight
+        bias: Any = module.bias
         if torch.is_autocast_enabled(x.device.type):
             x, weight, bias = (
                 t.to(output.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, weight, bias)
@@ -72,7 +73,9 @@ class LinearHandler(Handler):
 
 class _EmbeddingGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, ids: Tensor, changes: list[tuple[Tensor | None, Tensor | None, Indices, float]]) -> Tensor:  # type: ignore[override]  # noqa: E501
+    def forward(
+        ctx: Any, y: Tensor, ids: Tensor, changes: list[tuple[Tensor | None, Tensor | None, Indices, float]]
+    ) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(ids)
         ctx.changes = changes
         return y.view_as(y)
@@ -106,6 +109,9 @@ class EmbeddingHandler(Handler):
     def before(self, module: nn.Module, call: Call, run: Run) -> Call:
         args, kwargs = call
         ids = args[0] if args else kwargs["input"]
+        if type(module) is not nn.Embedding:  # makes ids of its own (BART's positions): its output tells how many
+            self.calls.append(ids)
+            return args, kwargs
         if self.program.per_row and ids.dim() and ids.shape[0] == 1:
             batch = run.batch_size(self.program)
             if batch > 1:
@@ -118,6 +124,11 @@ class EmbeddingHandler(Handler):
 
     def after(self, module: nn.Module, output: Any, run: Run) -> Any:
         ids, changes = self.calls.pop(), []
+        if type(module) is not nn.Embedding:
+            batch = run.batch_size(self.program) if self.program.per_row else 1
+            if output.shape[0] == 1 and batch > 1:
+                output = output.expand(batch, *output.shape[1:])
+            ids = torch.zeros(output.shape[:-1], dtype=torch.long, device=output.device)  # stands for their number
         flags = run.stacked(self.program, tuple(ids.shape), ids.device).reshape(-1, *ids.shape)
         for atom in self.program.atoms["weight"]:
             for column, factor in atom.factors:
@@ -140,7 +151,7 @@ class EmbeddingHandler(Handler):
 
 
 def is_distance_table(ids: Tensor) -> bool:
-    """Whether ids are functions of ``column - row`` (T5's relative positions, [query, key]): they have no batch to tell apart."""
+    """Whether ids are functions of ``column - row``, as T5's relative positions [query, key]: they have no batch."""
     if ids.dim() != 2 or min(ids.shape) < 2:
         return False
     return bool(torch.equal(ids[1:, 1:], ids[:-1, :-1]) and (ids != ids[0, 0]).any())
@@ -151,8 +162,8 @@ def refuse_mixed(program: Program, run: Run) -> None:
         flags = run.flags(where, program.path)
         if bool(flags.any()) and not bool(flags.all()):
             raise BatchError(
-                f"{program.path} looks up distances between positions, shared by all examples of a batch, so flags cannot "
-                f"tell its rows apart. Leave it out of the region, or flag the whole batch alike."
+                f"{program.path} looks up distances between positions, shared by all examples of a batch, so flags "
+                f"cannot tell its rows apart. Leave it out of the region, or flag the whole batch alike."
             )
 
 
@@ -182,7 +193,7 @@ class SwapHandler(Handler):
 
 class _EditInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, edits: list[tuple[str, Indices, int]], classes: RowClasses) -> Tensor:  # type: ignore[override]  # noqa: E501
+    def forward(ctx: Any, x: Tensor, dim: int, edits: list[tuple[str, Indices, int]], classes: RowClasses) -> Tensor:  # type: ignore[override]
         ctx.rest = dim, edits, classes
         return _cut(x, dim, [e for e in edits if e[0] == "zero"], classes)
 
@@ -208,7 +219,7 @@ def _cut(x: Tensor, dim: int, edits: list[tuple[str, Indices, int]], classes: Ro
 
 
 class InputHandler(Handler):
-    """A consumer whose input features can be edited but whose own computation is not ours (subclasses, convolutions)."""
+    """A consumer whose input features can be edited, but whose computation is not ours (subclasses, convolutions)."""
 
     def __init__(self, module: nn.Module, program: Program) -> None:
         super().__init__(module, program)

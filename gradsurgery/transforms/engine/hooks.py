@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradsurgery.anatomy.space import unwrap
 from gradsurgery.errors import PlanError
+from gradsurgery.transforms.engine.handlers import SwapHandler
 from gradsurgery.transforms.engine.plan import ForwardPlan
 from gradsurgery.transforms.engine.run import Run
 
@@ -36,7 +37,7 @@ class Switchboard:
     """
 
     def __init__(self, model: nn.Module, plans: Iterable[ForwardPlan]) -> None:
-        base = unwrap(model)
+        base, plans = unwrap(model), list(plans)
         self.plan: ForwardPlan | None = None
         self.run: Run = Run()
         self.called: set[str] = set()
@@ -46,8 +47,10 @@ class Switchboard:
         for path, module in self._modules.items():
             hook = _Hook(self, path)
             self._handles.append(module.register_forward_pre_hook(hook.before, with_kwargs=True))
-            # first of the forward hooks: FSDP2's own hook takes the gathered weight away
-            self._handles.append(module.register_forward_hook(hook.after, prepend=True))
+            # first of the forward hooks: FSDP2's own hook takes the gathered weight away; always called where
+            # parameters are swapped, since recomputations of gradient checkpointing leave a forward by an exception
+            swaps = any(isinstance(handler, SwapHandler) for plan in plans for handler in plan.handlers.get(path, ()))
+            self._handles.append(module.register_forward_hook(hook.after, prepend=True, always_call=swaps))
         if self._modules and is_compiled(model):
             torch.compiler.reset()  # graphs of earlier calls know nothing of hooks, and nothing guards them
 
@@ -62,8 +65,8 @@ class Switchboard:
         for path, other in held.items():
             if other is not None and other is not self:
                 raise PlanError(
-                    f"other transforms act on {path or 'the model'} already (a gs.applied block or a surgery around this "
-                    f"one). Give all of them to one gs.applied or one gs.Pass."
+                    f"other transforms act on {path or 'the model'} already (a gs.applied block or a surgery around "
+                    f"this one). Give all of them to one gs.applied or one gs.Pass."
                 )
         before = self.plan, self.run, self.called
         self.plan, self.run, self.called = plan, run, set()
@@ -96,19 +99,23 @@ class Switchboard:
         if self.plan is None or self.called.issuperset(self.plan.handlers) or is_compiled(host):
             return
         if not self.called:
-            raise PlanError("no forward of the model ran under these transforms, so they did nothing.")
+            raise PlanError(
+                f"no forward of the model ran under these transforms (or none that calls "
+                f"{next(iter(self.plan.handlers))}), so they did nothing."
+            )
         for path in self.plan.handlers:
             parent = path.rsplit(".", 1)[0]
             conditional = ".experts." in path  # experts of a module list that no token chose
             if path not in self.called and not conditional and not self._tied_to_called(path):
                 name = type(self._modules[path]).__name__
                 raise PlanError(
-                    f"{path} ({name}) was not called in this forward, so its hooks did nothing: {parent or 'the model'} "
-                    f"reads its weight by other means. Leave it out of the region with gs.region(…, exclude={path!r})."
+                    f"{path} ({name}) was not called in this forward, so its hooks did nothing: "
+                    f"{parent or 'the model'} reads its weight by other means. Leave it out of the "
+                    f"region with gs.region(…, exclude={path!r})."
                 )
 
     def _tied_to_called(self, path: str) -> bool:
-        """Whether called modules own all parameters of an uncalled one: T5's ``shared`` is read as ``encoder.embed_tokens``."""
+        """Whether called modules hold all its parameters: T5's ``shared`` is read as ``encoder.embed_tokens``."""
         read = {id(p) for called in self.called for p in self._modules[called].parameters(recurse=False)}
         return all(id(p) in read for p in self._modules[path].parameters(recurse=False))
 

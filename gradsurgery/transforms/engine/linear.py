@@ -49,7 +49,7 @@ def output(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, edits: Edits,
     columns, rows = active[0]
     kept = _other_end(columns)
     if len(active) > 1 or kept is None:
-        x_NI = x_NI.clone()
+        x_NI = classes.scratch(x_NI)
         for columns, rows in active:
             rows.fill_(x_NI, columns, 0.0)
         return F.linear(x_NI, weight_OI, bias_O)
@@ -108,30 +108,32 @@ def weight_gradient(left_NA: Tensor, right_NB: Tensor, atoms: list[Atom], classe
     out = left_NA.new_empty(left_NA.shape[1], right_NB.shape[1])
     taken = _Taken(left_NA, right_NB)
     weights = {id(atom): _factor_rows(atom, classes, passes) for atom in atoms}
-    base = atoms[0] if not _all_spans(atoms[0]) else None
+    alike = len({tuple((factor, id(rows)) for factor, rows in parts) for parts in weights.values()}) == 1
+    base = atoms[0] if alike or not _all_spans(atoms[0]) else None
     if base is not None:
-        whole = (Indices(torch.arange(out.shape[0]), out.shape[0]), Indices(torch.arange(out.shape[1]), out.shape[1]))
-        _add_products(out, whole, weights[id(base)], taken, fresh=True)
+        _add_products(out, base.tensor_box, weights[id(base)], taken, fresh=True)
     for atom in atoms:
-        if atom is base:
+        if alike or atom is base:
             continue
         correction = None if base is None else _correction(atom, base, classes, passes)
         for box in atom.boxes:
             if correction is None:
-                _add_products(out, (box[0], box[1]), weights[id(atom)], taken, fresh=True)
+                _add_products(out, box, weights[id(atom)], taken, fresh=True)
             else:
-                _add_products(out, (box[0], box[1]), correction, taken, fresh=False)
+                _add_products(out, box, correction, taken, fresh=False)
     return out
 
 
 def bias_gradient(dy_NO: Tensor, atoms: list[Atom], classes: RowClasses, passes: int) -> Tensor:
     """``sum_n f(n) dy_n`` per atom of the bias."""
     out = dy_NO.new_zeros(dy_NO.shape[1])
+    sums: dict[int, Tensor] = {}
     for atom in atoms:
         for factor, rows in _factor_rows(atom, classes, passes):
+            if id(rows) not in sums:
+                sums[id(rows)] = rows.take(dy_NO).sum(0)
             for (columns,) in atom.boxes:
-                summed = rows.take(columns.take(dy_NO, 1)).sum(0) * factor
-                out[columns.index_on(out.device)] += summed
+                out[columns.index_on(out.device)] += columns.take(sums[id(rows)], 0) * factor
     return out
 
 
@@ -149,7 +151,7 @@ def _factor_rows(atom: Atom, classes: RowClasses, passes: int) -> list[tuple[flo
 
 
 def _correction(atom: Atom, base: Atom, classes: RowClasses, passes: int) -> list[tuple[float, Rows]] | None:
-    """What to add to the base's gradient on this atom; None where only a subtraction would do (it would not be exact)."""
+    """What to add to the base's gradient on this atom; None where only a subtraction would do (never exact)."""
     by_factor: dict[float, list[int]] = {}
     for code in classes.codes:
         mine, given = atom.factor(code, passes), base.factor(code, passes)
@@ -161,7 +163,7 @@ def _correction(atom: Atom, base: Atom, classes: RowClasses, passes: int) -> lis
 
 
 def _add_products(
-    out: Tensor, box: tuple[Indices, Indices], parts: list[tuple[float, Rows]], taken: _Taken, fresh: bool
+    out: Tensor, box: tuple[Indices, ...], parts: list[tuple[float, Rows]], taken: _Taken, fresh: bool
 ) -> None:
     """``out[box] (+)= sum of factor * left[rows]^T right[rows]``; ``fresh`` overwrites what the box holds."""
     a, b = box

@@ -62,7 +62,9 @@ class LinearPlan:
 
 class _SurgicalLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearPlan, classes: RowClasses, passes: int):  # type: ignore[no-untyped-def]  # noqa: E501
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearPlan, classes: RowClasses, passes: int
+    ):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.rest = plan, classes, passes
         return plan.forward(x, weight, bias, classes)

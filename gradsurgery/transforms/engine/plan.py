@@ -52,7 +52,8 @@ class ForwardPlan:
         self.transforms = tuple(transforms)
         for transform in self.transforms:
             check_fits(transform, self.model, self.space)
-        owners, effects = owners_of(self.model, self.space), {}
+        owners = owners_of(self.model, self.space)
+        effects: dict[str, list[tuple[str, Effect]]] = {}
         for transform in self.transforms:
             for effect in transform.effects():
                 for path, attribute in owners[self.space.canonical(effect.name)]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -33,6 +34,11 @@ class Atom:
 
     def __post_init__(self) -> None:
         self.boxes = [box_columns(box, self.entries.shape) for box in self.entries.boxes()]
+
+    @cached_property
+    def tensor_box(self) -> tuple[Indices, ...]:
+        """All entries of the parameter."""
+        return tuple(Indices(torch.arange(n), n) for n in self.entries.shape)
 
     def factor(self, code: int, passes: int) -> float:
         """What rows of class ``code`` count for these entries, in a step of ``passes`` passes."""

@@ -40,8 +40,8 @@ class RerunHandler(Handler):
         if program.edits and not self.row_wise:
             name = type(module).__name__
             raise PlanError(
-                f"{program.path} ({name}) reads units inside its own computation, where rows cannot be edited one by one; "
-                f"leave its units out of zero and detach, or mask their parameters instead."
+                f"{program.path} ({name}) reads units inside its own computation, where rows cannot be edited one by "
+                f"one; leave its units out of zero and detach, or mask their parameters instead."
             )
 
     def classes_of(self, code: int, run: Run) -> tuple[Any, ...]:
@@ -65,7 +65,7 @@ class RerunHandler(Handler):
     def before(self, module: nn.Module, call: Call, run: Run) -> Call:
         refuse_caches(self.program.path, call)
         compiling = torch.compiler.is_compiling()
-        # rows picked by label have sizes that only data know, which would break a compiled graph: norms run on all of them
+        # rows picked by label have sizes that only data know, which would break a compiled graph: norms run on all
         split = self.row_wise and not (compiling and not self.program.edits and is_norm(module))
         state = torch.get_rng_state() if module.training and not compiling else None
         self.calls.append((call, state, split))
@@ -121,8 +121,8 @@ class RerunHandler(Handler):
         if not isinstance(plain, Tensor) or not plain.requires_grad:
             return plain
         given = [run.flags(w, self.program.path) for w in self.program.wheres]
-        flat = any(flag.dim() == 2 and flag.shape != plain.shape[:2] for flag in given)  # a router's [batch * token, expert]
-        lead = tuple(plain.shape[: 1 if flat else max(flag.dim() for flag in given)])
+        # a router gives [batch * token, expert]
+        lead = merged_lead(tuple(plain.shape), given)
         flags = [expand_flags(flag, lead, self.program.path) for flag in given]
         chosen = torch.zeros(lead, dtype=torch.bool, device=plain.device)
         for code in codes:
@@ -151,10 +151,12 @@ class RerunHandler(Handler):
         return run_without(module, call, weights, edits)
 
 
-def run_without(module: nn.Module, call: Call, weights: dict[str, Tensor], edits: list[tuple[str, InputEdit]]) -> Tensor:
+def run_without(
+    module: nn.Module, call: Call, weights: dict[str, Tensor], edits: list[tuple[str, InputEdit]]
+) -> Tensor:
     """Experts with some of their activations zeroed or detached; affine in the consumer weight, so the two are split.
 
-    ``y = f(W without the cut) + [f*(W of the detached alone) - f*(0)]``, ``f*`` with everything before the consumer detached.
+    ``y = f(W without the cut) + [f*(W of the detached alone) - f*(0)]``, ``f*`` with all before the consumer detached.
     """
     args, kwargs = call
     boxes: dict[str, dict[str, list[Any]]] = {}
@@ -177,10 +179,21 @@ def run_without(module: nn.Module, call: Call, weights: dict[str, Tensor], edits
     return y
 
 
+def merged_lead(shape: tuple[int, ...], given: list[Tensor]) -> tuple[int, ...]:
+    """The dimensions of an output that flags speak of: ``[batch]``, ``[batch, token]`` or ``[batch, head, token]``."""
+    two = next((flag.shape for flag in given if flag.dim() == 2), None)
+    if two is None or shape[0] == two.numel():
+        return shape[:1]
+    later = [d for d in range(2, len(shape)) if shape[d] == two[1]]
+    return shape[:2] if shape[:2] == two or not later else shape[: later[0] + 1]
+
+
 def refuse_caches(path: str, call: Call) -> None:
     for value in (*call[0], *call[1].values()):
         if type(value).__name__.endswith("Cache"):
-            raise BatchError(f"{path} runs once per class of rows, which a key-value cache forbids: pass use_cache=False.")
+            raise BatchError(
+                f"{path} runs once per class of rows, which a key-value cache forbids: pass use_cache=False."
+            )
 
 
 def lead_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ class Rows:
         """The rows of ``x_NC``: a view where they are contiguous."""
         if self.span is not None:
             return x_NC if self.all else x_NC.narrow(0, self.span[0], self.span[1] - self.span[0])
+        assert self.index is not None
         return x_NC.index_select(0, self.index)
 
     def fill_(self, x_NC: Tensor, columns: Indices, value: float) -> None:
@@ -42,7 +43,7 @@ class Rows:
         elif self.span is not None:
             self.take(x_NC).index_fill_(1, columns.index_on(x_NC.device), value)
         elif columns.span is not None:
-            columns.narrow(x_NC, 1).index_fill_(0, self.index, value)
+            columns.narrow(x_NC, 1).index_fill_(0, self.index, value)  # type: ignore[arg-type]
         else:
             x_NC[self.index[:, None], columns.index_on(x_NC.device)[None]] = value  # type: ignore[index]
 
@@ -75,6 +76,7 @@ class RowClasses:
     device: torch.device
     _code_N: Tensor | None = None
     _cache: dict[frozenset[int], Rows] = field(default_factory=dict)
+    _scratch: dict[tuple[torch.Size, torch.dtype], Tensor] = field(default_factory=dict)
 
     @classmethod
     def plain(cls, count: int, device: torch.device) -> RowClasses:
@@ -87,6 +89,13 @@ class RowClasses:
         for w, flags_N in enumerate(flags_WN.cpu()):
             code_N |= flags_N.long() << w
         return cls(flags_WN.shape[1], tuple(code_N.unique().tolist()), device, code_N)
+
+    def scratch(self, x: Tensor) -> Tensor:
+        """A copy of ``x`` that lasts until the next one of its shape: one buffer for all layers of a pass."""
+        key = (x.shape, x.dtype)
+        if key not in self._scratch:
+            self._scratch[key] = torch.empty_like(x)
+        return self._scratch[key].copy_(x)
 
     def rows(self, wanted: Callable[[int], bool]) -> Rows:
         """The rows whose class code is wanted."""

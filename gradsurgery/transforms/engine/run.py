@@ -37,15 +37,20 @@ def expand_flags(flags: Tensor, lead: tuple[int, ...], path: str) -> Tensor:
         if len(lead) == 1 and count % batch == 0:
             return flags.repeat_interleave(count // batch)
     else:
-        if tuple(lead[:2]) == tuple(flags.shape):
-            return flags.reshape(*flags.shape, *[1] * (len(lead) - 2)).expand(lead)
+        tokens = [
+            d for d in range(1, len(lead)) if lead[d] == flags.shape[1]
+        ]  # [batch, token, …] or [batch, head, token]
+        if lead and lead[0] == batch and (len(tokens) == 1 or (tokens and flags.shape[1] == 1)):
+            return flags.reshape(batch, *[flags.shape[1] if d == tokens[0] else 1 for d in range(1, len(lead))]).expand(
+                lead
+            )
         if len(lead) == 1 and count == flags.numel():
             return flags.reshape(-1)
     if bool(flags.all()) or not bool(flags.any()):  # every row is treated alike, whatever its example
         return flags.reshape(-1)[:1].reshape([1] * len(lead)).expand(lead)
     raise BatchError(
-        f"flags {list(flags.shape)} do not fit the input of {path}, whose leading dimensions are {list(lead)}: its rows "
-        f"cannot be told apart by example. Leave this module out of the region, or pass flags of its own shape."
+        f"flags {list(flags.shape)} do not fit the input of {path}, whose leading dimensions are {list(lead)}: its "
+        f"rows cannot be told apart by example. Leave this module out of the region, or pass flags of its own shape."
     )
 
 
@@ -68,12 +73,16 @@ class Run:
             parts = path.split(".")
             found = [value for key, value in where.items() if key in parts]
             if not found:
-                raise BatchError(f"where has no entry for {path}: it names {', '.join(where)}, none a part of that path.")
+                raise BatchError(
+                    f"where has no entry for {path}: it names {', '.join(where)}, none a part of that path."
+                )
             where = found[0]
         if isinstance(where, str):
             if where not in self.columns:
                 have = ", ".join(self.columns) or "none"
-                raise BatchError(f"the batch has no label column {where!r} (it has: {have}). Add it as a bool tensor [batch].")
+                raise BatchError(
+                    f"the batch has no label column {where!r} (it has: {have}). Add it as a bool tensor [batch]."
+                )
             return self.columns[where]
         assert isinstance(where, Tensor)
         return check_column("where", where)

@@ -1,0 +1,53 @@
+"""Names and shapes of a model's tensors, and which blocks of two models are of one make."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name: tuple(tensor.shape) for name, tensor in named}
+
+
+def natural_of(name: str) -> tuple:
+    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split("."))
+
+
+def canonical_of(name: str) -> str:
+    return re.sub(r"(?<=[._])\d+(?=\.|$)", "*", name)
+
+
+def signature_of(block: str, shapes: Shapes) -> tuple:
+    inner = frozenset(canonical_of(n[len(block) :]) for n in shapes if is_under(n, block)) if block else frozenset()
+    return canonical_of(block), inner
+
+
+def is_under(name: str, block: str) -> bool:
+    return not block or name.startswith(block + ".")
+
+
+def enclosing_of(scope: str, blocks: set[str]) -> str:
+    while scope and scope not in blocks:
+        scope = scope.rpartition(".")[0]
+    return scope
+
+
+def first_difference(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def config_of(model: nn.Module, path: str) -> Any:
+    """Config of the innermost module around ``path`` that has one."""
+    found, module = getattr(model, "config", None), model
+    for part in path.split(".") if path else []:
+        module = getattr(module, part, None)  # type: ignore[assignment]
+        if module is None:
+            break
+        found = getattr(module, "config", None) or found
+    return found

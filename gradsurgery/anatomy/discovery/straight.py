@@ -1,0 +1,84 @@
+"""Norms with a straight-through gradient: their statistics are constants, or they would couple everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+POWERS = (torch.pow, Tensor.pow, Tensor.__pow__)
+STATISTICS = (
+    torch.rsqrt,
+    Tensor.rsqrt,
+    torch.sqrt,
+    Tensor.sqrt,
+    torch.norm,
+    Tensor.norm,
+    torch.linalg.norm,
+    torch.linalg.vector_norm,
+    torch.var,
+    Tensor.var,
+    torch.std,
+    Tensor.std,
+    torch.mean,
+    Tensor.mean,
+    *POWERS,
+)
+
+
+CLIPPED = (F.relu, torch.relu, Tensor.relu, F.relu6, F.hardtanh)
+"""Their gradient is zero where they clip, and a unit that clips on every token would go unseen."""
+
+
+def is_statistic(func: Callable, args: tuple, result: Any) -> bool:
+    """A number per token that a norm divides by or subtracts, not a feature."""
+    if not isinstance(result, Tensor) or not isinstance(args[0], Tensor) or result.ndim == 0:
+        return False
+    if func in POWERS and not (isinstance(args[1], float) and abs(args[1]) == 0.5):
+        return False
+    return result.shape[-1] == 1 or result.ndim < args[0].ndim
+
+
+def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    with torch.no_grad():
+        mean, scale = x.mean(dims, keepdim=True), (x.var(dims, correction=0, keepdim=True) + eps).rsqrt()
+    y = (x - mean) * scale
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    with torch.no_grad():
+        scale = (x.square().mean(dims, keepdim=True) + (eps or torch.finfo(x.dtype).eps)).rsqrt()
+    return x * scale if weight is None else x * scale * weight
+
+
+def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    with torch.no_grad():
+        parts = x.reshape(x.shape[0], groups, -1)
+        mean, scale = parts.mean(-1, keepdim=True), (parts.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+        spread = lambda t: t.expand_as(parts).reshape(x.shape)  # noqa: E731
+        mean, scale = spread(mean), spread(scale)
+    y = (x - mean) * scale
+    tail = (1, -1) + (1,) * (x.ndim - 2)
+    y = y if weight is None else y * weight.reshape(tail)
+    return y if bias is None else y + bias.reshape(tail)
+
+
+def batch_norm(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Any = None, bias: Any = None, *rest: Any, **options: Any
+) -> Tensor:
+    """Batch norm in eval mode, written out so that its running statistics have a gradient too."""
+    eps = options.get("eps", rest[2] if len(rest) > 2 else 1e-5)
+    tail = (1, -1) + (1,) * (x.ndim - 2)
+    y = (x - mean.reshape(tail)) * (variance.reshape(tail) + eps).rsqrt()
+    y = y if weight is None else y * weight.reshape(tail)
+    return y if bias is None else y + bias.reshape(tail)
+
+
+NORMS: dict[Callable, Callable] = {F.layer_norm: layer_norm, F.rms_norm: rms_norm, F.group_norm: group_norm}
