@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(heads: int = 4, kv: int = 2) -> LlamaForCausalLM:
     """Two layers, four heads on two KV heads, 32 neurons."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -22,8 +22,8 @@ def tiny_llama() -> LlamaForCausalLM:
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
         max_position_embeddings=32,
     )
     return LlamaForCausalLM(config)

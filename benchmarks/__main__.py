@@ -22,7 +22,9 @@ from gradsurgery.files import write_json, write_text
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--pairs", type=int, default=25, help="counted rounds; each candidate between two stock steps")
+    parser.add_argument(
+        "--pairs", type=int, default=25, help="counted runs of each candidate, each between two stock steps"
+    )
     parser.add_argument("--only", default="", help="run the rows whose name contains this")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's default)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +51,7 @@ def main() -> None:
         lines.append({"step": name, "ratio": ratio.median, **spread})
     text = "\n\n".join(
         [
-            f"Stock step: {seconds:.3f} s (median). Ratios of {options.pairs} interleaved rounds to the stock step.",
+            f"Stock step: {seconds:.3f} s (median). Ratios to the stock steps around each of {options.pairs} runs.",
             table(lines, "markdown"),
             f"`gs.dissect` of a Llama-70B-sized config on `meta`: {dissection['seconds']:.1f} s, "
             f"peak of the process {dissection['peak_gib']:.2f} GiB, {int(dissection['units']):,} units.",

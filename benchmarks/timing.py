@@ -1,4 +1,4 @@
-"""Interleaved timing: every candidate between two runs of the baseline, ratios pair by pair."""
+"""Interleaved timing: every run of a candidate between two of the baseline, ratios pair by pair."""
 
 from __future__ import annotations
 
@@ -45,21 +45,23 @@ def interleaved(
     Args:
         baseline: One run of the baseline.
         candidates: One run of each candidate, by name.
-        pairs: Counted rounds.
-        warmup: Rounds that are not counted.
+        pairs: Counted runs of each candidate, each between two runs of the baseline.
+        warmup: Runs of each that are not counted: memory that was idle for long is slow at first.
 
     Returns:
         The ratios by candidate, and the median seconds of the baseline.
     """
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
     stock: list[float] = []
-    for k in tqdm(range(warmup + pairs), desc="rounds", unit="round"):
-        before = seconds(baseline)
+    with tqdm(total=len(candidates) * (warmup + pairs), unit="run") as bar:
         for name, candidate in candidates.items():
-            taken = seconds(candidate)
-            after = seconds(baseline)
-            if k >= warmup:
-                ratios[name].append(2 * taken / (before + after))
-                stock.append(after)
-            before = after
+            bar.set_description(name)
+            before = seconds(baseline)
+            for k in range(warmup + pairs):
+                taken, after = seconds(candidate), seconds(baseline)
+                if k >= warmup:
+                    ratios[name].append(2 * taken / (before + after))
+                    stock.append(after)
+                before = after
+                bar.update()
     return {name: Ratio(values) for name, values in ratios.items()}, statistics.median(stock)

@@ -145,13 +145,6 @@ def put_(tensor: Tensor, boxes: Sequence[Box], values: Sequence[Tensor]) -> None
             view[_grid(box, tensor.device)] = value
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """``<a, b>`` of the local parts, accumulated in fp32 (fp64 for fp64)."""
-    a, b = (t.to_local() if is_sharded(t) else t for t in (a, b))  # type: ignore[attr-defined]
-    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return (a.to(wide) * b.to(wide)).sum()
-
-
 def sum_over_shards(value: Tensor, like: Tensor) -> Tensor:
     """Sum a local scalar over the ranks that ``like`` is sharded over; the value itself for plain tensors."""
     if is_sharded(like):

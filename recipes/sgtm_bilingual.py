@@ -210,7 +210,8 @@ def run_model(
     tokenizer, rows, held_back = loaded
     model = build_model(config, tokenizer)
     method, forget = build_method(name, config, model)
-    print(f"\n{name}: {model.num_parameters():,} parameters\n{method.explain(model)}")
+    if folder.main:
+        print(f"\n{name}: {model.num_parameters():,} parameters\n{method.explain(model)}")
     sampler = data.MixedSampler(rows, config.rows, seed=config.seed)
     sample = {category: ids[: config.train.eval_rows] for category, ids in held_back.items()}
     figures = train(name, model, method, rows, sampler, folder, config.train, config.seed, sample)

@@ -14,10 +14,11 @@ from gradsurgery.anatomy import store
 from gradsurgery.anatomy.entries import Entries, all_bits, bits_of
 from gradsurgery.anatomy.expression import parse_selection
 from gradsurgery.anatomy.groups import UnitGroup
+from gradsurgery.anatomy.indexing import PLURALS
 from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.select import select_names
 from gradsurgery.anatomy.space import ParameterSpace, require_same_space
-from gradsurgery.anatomy.units import PLURALS, Units, require_units
+from gradsurgery.anatomy.units import Units, require_units
 
 log = logging.getLogger("gradsurgery")
 
@@ -92,6 +93,10 @@ class Anatomy:
             if group.kind == "kv_group":
                 continue
             inside = [u for u in range(len(group)) if self._inside(group, u, region)]
+            if group.parent is not None:  # heads that complete a KV group would bring shared rows from outside
+                parent, complete = self.complete_parents(group, np.asarray(inside, dtype=np.int64))
+                over = [k for k in complete if not self._inside(parent, int(k), region)]
+                inside = [u for u in inside if np.asarray(group.parent_units)[u] not in over]
             chosen[g] = bits_of(inside, len(group))
         return Units(self, chosen, "", None, region.text and f"units_within({region.text})")
 

@@ -7,8 +7,9 @@ Entries and columns that are coupled to each other and to nothing else form a un
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,10 @@ from .discovery.verify import Judge
 from .discovery.wide import Wide
 from .groups import UnitGroup
 
+log = logging.getLogger("gradsurgery")
+LARGEST_COPY = 300_000_000
+"""Parameters up to which a model without a twin is copied, in float64, and examined itself."""
+
 
 @dataclass(frozen=True)
 class Discovery:
@@ -47,35 +52,51 @@ class Discovery:
     seconds: float
 
 
-def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Discovery:
+def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None, structural: Sequence[str] = ()) -> Discovery:
     """Find the attention heads, KV groups, neurons, experts and SSM heads of ``model``, which is not touched.
 
     Args:
         model: Any module; Hugging Face models need no ``inputs``.
         inputs: Keyword arguments of one forward, for models whose inputs cannot be guessed.
+        structural: Parameters or modules that may stay without units though nothing explains them; globs.
 
     Raises:
         AnatomyError: A part of the model is neither units nor known structure.
     """
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        groups, structural = _by_twin(model) if needs_twin(model) else _direct(model, inputs)
+        groups, why = _examined(model, inputs, structural)
     if not groups:
         raise AnatomyError(
             f"{type(model).__name__} shows no units: no weights that are written and read by units of their own. "
-            "Declare them with gs.dissect(model, layouts=[...])."
+            "Give inputs=… that reach its layers, or choose whole parameters with gs.region(model, names)."
         )
-    return Discovery(groups, structural, time.perf_counter() - start)
+    return Discovery(groups, why, time.perf_counter() - start)
 
 
-def _direct(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
+def _examined(
+    model: nn.Module, inputs: Mapping[str, Any] | None, structural: Sequence[str]
+) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
+    if needs_twin(model):
+        try:
+            return _by_twin(model, structural)
+        except AnatomyError as error:
+            if any(p.is_meta for p in model.parameters()) or sum(p.numel() for p in model.parameters()) > LARGEST_COPY:
+                raise
+            log.info("no tiny twin (%s); examining a copy of the model itself", error)
+    return _direct(model, inputs, structural)
+
+
+def _direct(
+    model: nn.Module, inputs: Mapping[str, Any] | None, structural: Sequence[str] = ()
+) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
     copy = replica(model)
     seen, fed = traced(copy, inputs)
     drafts = verified(copy, seen, fed)
-    return groups_from(drafts, copy), structural_of(copy, seen, drafts)
+    return groups_from(drafts, copy), structural_of(copy, seen, drafts, structural)
 
 
-def _by_twin(model: nn.Module) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
+def _by_twin(model: nn.Module, structural: Sequence[str] = ()) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
     """Probe tiny twins, and carry what they show over to the shapes of ``model``.
 
     A second twin of other sizes checks that the first one's layout scales; where it does not, a third one keeps every
@@ -86,7 +107,9 @@ def _by_twin(model: nn.Module) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
     twin, seen, drafts = source
     transfer = Transfer(twin, model, drafts)
     real = transfer.carried()
-    return groups_from(real, model), structural_like(model, structural_of(twin, seen, drafts), transfer.sources, real)
+    return groups_from(real, model), structural_like(
+        model, structural_of(twin, seen, drafts, structural), transfer.sources, real
+    )
 
 
 _Probed = tuple[nn.Module, Survey, list[Draft]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from gradsurgery.anatomy.discover import discover
 from gradsurgery.anatomy.space import ParameterSpace, unwrap
 
 
-def dissect(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Anatomy:
+def dissect(model: nn.Module, inputs: Mapping[str, Any] | None = None, structural: Sequence[str] = ()) -> Anatomy:
     """Find the heads, KV groups, neurons and experts of ``model``, whatever its class.
 
     The gradient of one consumer column reaches exactly the producer rows of its unit; every group found is then
@@ -22,6 +22,8 @@ def dissect(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Anatom
     Args:
         model: A Hugging Face model or any module; DDP and compiled wrappers are seen through.
         inputs: Keyword arguments of one forward, for models whose forward needs more than token ids or pixels.
+        structural: Parameters or modules (globs) that may stay without units where discovery cannot explain them;
+            without this, what it cannot explain is an error.
 
     Returns:
         The model's anatomy, indexable as ``anatomy.heads[layers, units]``.
@@ -36,5 +38,5 @@ def dissect(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Anatom
         34
     """
     model = unwrap(model)
-    found = discover(model, inputs)
+    found = discover(model, inputs, structural)
     return Anatomy(ParameterSpace.of(model), found.groups, found.structural, found.seconds)

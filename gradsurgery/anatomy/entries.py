@@ -9,7 +9,6 @@ are merged and parts are ordered by their lowest bit, so that equal sets are equ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import reduce
 
 import numpy as np
 import torch
@@ -179,7 +178,3 @@ class Entries:
 
     def __repr__(self) -> str:
         return f"Entries(shape={self.shape}, numel={self.numel()}, boxes={len(self.boxes())})"
-
-
-def union(shape: tuple[int, ...], sets: Iterable[Entries]) -> Entries:
-    return reduce(Entries.__or__, sets, Entries.empty(shape))

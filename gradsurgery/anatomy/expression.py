@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING, Any
 
+from gradsurgery.anatomy.indexing import PLURALS
 from gradsurgery.anatomy.region import Region
-from gradsurgery.anatomy.units import PLURALS, Units
+from gradsurgery.anatomy.units import Units
 from gradsurgery.errors import SelectionError
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -78,6 +79,12 @@ class Region:
         """Share of the model's parameters."""
         return self.numel() / max(self.space.numel(), 1)
 
+    @property
+    def digest(self) -> str:
+        """8 hex digits of the entries, for regions that have no text form."""
+        text = repr([(name, part.tree) for name, part in self.entries.items()])
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
     def of(self, name: str) -> Entries:
         """The entries of one parameter (empty if it has none)."""
         name = self.space.canonical(name)
@@ -124,6 +131,11 @@ class Region:
     def __repr__(self) -> str:
         share = f"{self.numel():,} entries, {100 * self.fraction:.2f}% of {self.space.model}"
         return f"{type(self).__name__}({self.text or 'unnamed'}: {share})"
+
+
+def bracketed(text: str) -> str:
+    """A text form that can be indexed: unions, differences and complements in brackets."""
+    return f"({text})" if any(symbol in text for symbol in (" | ", " & ", " - ")) or text.startswith("~") else text
 
 
 def _join(left: str, symbol: str, right: str) -> str:

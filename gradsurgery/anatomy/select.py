@@ -56,7 +56,7 @@ def select_names(
     if not chosen:
         raise SelectionError(f"{names!r} without {exclude!r} leaves no parameter of {space.model}.")
     shown = [p if isinstance(p, str) else p.pattern for p in _several(names)]
-    text = "" if exclude is not None else " | ".join(f"region({p!r})" for p in shown)
+    text = "" if exclude is not None or "all-linear" in shown else " | ".join(f"region({p!r})" for p in shown)
     return Region(space, {name: Entries.full(space.shapes[name]) for name in chosen}, text)
 
 

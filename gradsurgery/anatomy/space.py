@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -36,11 +36,13 @@ class ParameterSpace:
         model: Name of the model's class.
         shapes: Shape by canonical name: the first of a tied weight's names, in ``named_parameters()`` order.
         aliases: Canonical name by every other name of a tied weight.
+        layout: The configuration's numbers of heads, groups and experts: what shapes alone do not show.
     """
 
     model: str
     shapes: dict[str, tuple[int, ...]]
     aliases: dict[str, str]
+    layout: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> ParameterSpace:
@@ -54,7 +56,7 @@ class ParameterSpace:
             else:
                 first[id(parameter)] = name
                 shapes[name] = tuple(parameter.shape)
-        return cls(own_class(model).__name__, shapes, aliases)
+        return cls(own_class(model).__name__, shapes, aliases, layout_of(getattr(model, "config", None)))
 
     def canonical(self, name: str) -> str:
         """The canonical name of a parameter; raises ``SelectionError`` for names the model does not have."""
@@ -75,7 +77,7 @@ class ParameterSpace:
     @property
     def fingerprint(self) -> str:
         """16 hex digits of class, names, shapes and ties: equal for two models iff regions of one fit the other."""
-        text = json.dumps([self.model, self.shapes, self.aliases], sort_keys=True)
+        text = json.dumps([self.model, self.shapes, self.aliases, self.layout], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def difference(self, other: ParameterSpace) -> str:
@@ -87,7 +89,21 @@ class ParameterSpace:
             if mine != theirs:
                 there, here = (list(shape) if shape is not None else "absent" for shape in (mine, theirs))
                 return f"{name} is {there} there and {here} here"
+        for name in [*self.layout, *other.layout]:
+            if self.layout.get(name) != other.layout.get(name):
+                return f"{name} is {self.layout.get(name)} there and {other.layout.get(name)} here"
         return "other weights are tied" if self.aliases != other.aliases else ""
+
+
+def layout_of(config: object, prefix: str = "") -> dict[str, int]:
+    """Whole numbers of a configuration (and of those inside it) that speak of heads, groups or experts."""
+    found: dict[str, int] = {}
+    for name, value in sorted(getattr(config, "__dict__", {}).items()):
+        if type(value) is int and any(part in name for part in ("head", "group", "expert")):
+            found[prefix + name] = value
+        elif type(value).__name__.endswith("Config"):
+            found |= layout_of(value, f"{prefix}{name}.")
+    return found
 
 
 def require_same_space(made_for: ParameterSpace, model: ParameterSpace, what: str) -> None:

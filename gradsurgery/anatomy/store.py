@@ -29,6 +29,7 @@ def describe(anatomy: Anatomy) -> dict[str, Any]:
         "fingerprint": space.fingerprint,
         "shapes": {name: list(shape) for name, shape in space.shapes.items()},
         "aliases": space.aliases,
+        "layout": space.layout,
         "structural": anatomy.structural,
         "groups": [_describe_group(group) for group in anatomy.groups],
     }
@@ -79,12 +80,14 @@ def load_anatomy(path: Path, model: object = None) -> tuple[ParameterSpace, list
         raise ArtefactError(f"{path} is no anatomy of format {FORMAT}. Dissect the model again and save it.")
     try:
         shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
-        space = ParameterSpace(data["model"], shapes, data["aliases"])
+        space = ParameterSpace(data["model"], shapes, data["aliases"], data["layout"])
         structural = data["structural"]
         _require(isinstance(space.model, str), "the model has no name")
         _require(_is_texts(space.aliases) and set(space.aliases.values()) <= set(shapes), "aliases name no parameter")
         _require(_is_texts(structural), "structural is no text by name")
         groups = [_checked(_group(item), space) for item in data["groups"]]
+        parents = {(g.layer, g.name) for g in groups if g.kind == "kv_group"}
+        _require(all(g.parent is None or (g.layer, g.parent) in parents for g in groups), "a KV group is missing")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ArtefactError(f"{path} is damaged: {json.dumps(str(error))}. Dissect the model again.") from error
     if isinstance(model, nn.Module) and (gap := space.difference(ParameterSpace.of(model))):

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import operator
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from gradsurgery.anatomy.entries import Entries, bits_of, indices_of
 from gradsurgery.anatomy.groups import Footprint, UnitGroup
-from gradsurgery.anatomy.region import Region, _join
+from gradsurgery.anatomy.indexing import PLURALS, Index, layers_of, missing_units, plain, positions, show
+from gradsurgery.anatomy.region import Region, _join, bracketed
 from gradsurgery.anatomy.space import require_same_space
 from gradsurgery.errors import SelectionError
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from gradsurgery.anatomy.anatomy import Anatomy
 
 log = logging.getLogger("gradsurgery")
-Index = int | slice | Sequence[int] | np.ndarray | torch.Tensor
-PLURALS = {"head": "heads", "kv_group": "kv_groups", "neuron": "neurons", "expert": "experts"}
 
 
 class Units(Region):
@@ -96,24 +93,32 @@ class Units(Region):
     def __getitem__(self, key: tuple[Index, Index]) -> Units:
         if not isinstance(key, tuple) or len(key) != 2:
             raise SelectionError(f"{self.text or 'units'}[{key!r}]: units are indexed as [layers, units].")
-        key = (_plain(key[0]), _plain(key[1]))
-        layers = _layers(key[0], self)
-        text = f"{self.text}[{_show(key[0])}, {_show(key[1])}]" if self.text else ""
+        key = (plain(key[0]), plain(key[1]))
+        layers = layers_of(key[0], self)
+        text = f"{bracketed(self.text)}[{show(key[0])}, {show(key[1])}]" if self.text else ""
         chosen = {}
         for g, bits in self.chosen.items():
             group = self.anatomy.groups[g]
             if group.layer in layers:
                 chosen[g] = bits & self._pick(group, key[1])
-        out = Units(self.anatomy, chosen, self.grain, None, text)
+        out = Units(self.anatomy, chosen, self.grain, self._riders_of(chosen), text)
+        here = [g for g in self.chosen if self.anatomy.groups[g].layer in layers]
+        missing = missing_units(key[1], [self._count(self.anatomy.groups[g]) for g in here])
         explicit = isinstance(key[1], int) or (not isinstance(key[1], slice) and len(key[1]) > 0)
         if not out.chosen and (explicit or not layers):
             raise SelectionError(f"{text or key} selects nothing: {self._inventory()}.")
+        if missing:
+            raise SelectionError(f"{text or key} names units {missing} that no group has: {self._inventory()}.")
         return out
+
+    def _count(self, group: UnitGroup) -> int:
+        """How many units ``[layers, units]`` counts in a group."""
+        by_parent = self.grain == "kv_group" and group.parent is not None
+        return len(self.anatomy.parent_of(group)) if by_parent else len(group)
 
     def _pick(self, group: UnitGroup, index: Index) -> int:
         by_parent = self.grain == "kv_group" and group.parent is not None
-        count = len(self.anatomy.parent_of(group)) if by_parent else len(group)
-        picked = _positions(index, count)
+        picked = positions(index, self._count(group))
         if by_parent:
             picked = np.flatnonzero(np.isin(np.asarray(group.parent_units), picked))
         return bits_of(picked, len(group))
@@ -128,7 +133,16 @@ class Units(Region):
         if not keep:
             names = sorted({self.anatomy.groups[g].name for g in self.chosen})
             raise SelectionError(f"no group is named like {pattern!r}: there are {', '.join(names[:6])}.")
-        return Units(self.anatomy, keep, self.grain, None, f"{self.text}.named({pattern!r})" if self.text else "")
+        text = f"{bracketed(self.text)}.named({pattern!r})" if self.text else ""
+        return Units(self.anatomy, keep, self.grain, self._riders_of(keep), text)
+
+    def _riders_of(self, chosen: dict[int, int]) -> Region | None:
+        """The riders of some of the groups; a rider several groups share stays with each."""
+        if self.riders is None:
+            return None
+        names = {self.space.canonical(n) for g, bits in chosen.items() if bits for n in self.anatomy.groups[g].riders}
+        kept = {name: part for name, part in self.riders.entries.items() if name in names}
+        return Region(self.space, kept) if kept else None
 
     def _combine(self, other: Region, symbol: str) -> Region:
         if not isinstance(other, Units) or (symbol != "|" and self._overlaps_otherwise(other)):
@@ -148,7 +162,12 @@ class Units(Region):
 
     def _overlaps_otherwise(self, other: Units) -> bool:
         """Whether entries meet that no common unit explains: an expert and the neurons inside it."""
-        return bool(Units(self.anatomy, {g: b for g, b in self.chosen.items() if g not in other.chosen}).any_of(other))
+        return any(
+            Units(self.anatomy, {g: bits}).any_of(Units(self.anatomy, {h: more}))
+            for g, bits in self.chosen.items()
+            for h, more in other.chosen.items()
+            if g != h and self.anatomy.groups[g].kind != self.anatomy.groups[h].kind
+        )
 
     def any_of(self, other: Region) -> bool:
         """Whether the two share an entry."""
@@ -195,53 +214,3 @@ def _merged(footprint: Footprint, units: np.ndarray) -> Iterator[tuple[str, dict
         for same in by_others.values():
             index = {d: rows[same[0]] for d, rows in footprint.index.items()}
             yield footprint.name, {**index, wide: footprint.index[wide][same].reshape(-1)}
-
-
-def _layers(index: Index, units: Units) -> set[int]:
-    have = {units.anatomy.groups[g].layer for g in units.chosen}
-    count = units.anatomy.num_layers
-    if isinstance(index, slice):
-        return have & set(range(count)[index])
-    asked = [index] if isinstance(index, int) else list(map(int, np.flatnonzero(index) if _is_bool(index) else index))
-    resolved = {i + count if i < 0 else i for i in asked}
-    if missing := resolved - have:
-        kind = PLURALS.get(units.grain, "units")
-        found = f"layers {_show_set(have)} have them" if have else "no layer has them"
-        raise SelectionError(f"{units.space.model} has no {kind} in layer {_show_set(missing)}: {found}.")
-    return resolved
-
-
-def _positions(index: Index, count: int) -> np.ndarray:
-    """Positions among ``count`` units; explicit ones that this group does not have are left out."""
-    if isinstance(index, slice):
-        return np.arange(count)[index]
-    if _is_bool(index):
-        flags = np.asarray(index)
-        if flags.size != count:
-            raise SelectionError(f"a bool index of {flags.size} does not fit a group of {count} units.")
-        return np.flatnonzero(flags)
-    asked = np.asarray([index] if isinstance(index, int) else index, dtype=np.int64).reshape(-1)
-    return np.unique(np.where(asked < 0, asked + count, asked)[(asked >= -count) & (asked < count)])
-
-
-def _plain(index: Index) -> Index:
-    return index if isinstance(index, slice) or np.ndim(index) else operator.index(index)  # type: ignore[arg-type]
-
-
-def _is_bool(index: object) -> bool:
-    return not isinstance(index, int | slice) and np.asarray(index).dtype == np.bool_
-
-
-def _show(index: Index) -> str:
-    if isinstance(index, slice):
-        parts = ["" if v is None else str(v) for v in (index.start, index.stop)]
-        return ":".join(parts) + (f":{index.step}" if index.step is not None else "")
-    if isinstance(index, int):
-        return str(index)
-    return str([int(i) for i in (np.flatnonzero(index) if _is_bool(index) else np.asarray(index))])
-
-
-def _show_set(numbers: set[int]) -> str:
-    ordered = sorted(numbers)
-    contiguous = len(ordered) > 1 and ordered == list(range(ordered[0], ordered[-1] + 1))
-    return f"{ordered[0]}-{ordered[-1]}" if contiguous else ", ".join(map(str, ordered))

@@ -20,6 +20,7 @@ from gradsurgery.transforms import ForwardTransform, detach, mask, zero
 
 Joint = Literal["mlp_projection", "attention_projection", "attention"]
 STRATEGIES = ("mask", "detach", "zero")
+PROJECTIONS = {"mlp_projection": "neuron", "attention_projection": "head"}
 
 
 def sgtm(
@@ -36,7 +37,8 @@ def sgtm(
     On forget rows the other units of the forget units' layers receive no gradient (``"mask"``), or have their
     activations detached (``"detach"``, gradient routing) or zeroed (``"zero"``, activation masking); with the latter
     two the consumers' output biases still learn. On retain rows the forget units are zero. Rows with neither label
-    train everything; layers without forget units are joint.
+    train everything; layers without forget units are joint. A row with both labels gets both: it runs without the
+    forget units and sends the others nothing, so that it trains the joint parts alone.
 
     Args:
         anatomy: Anatomy of the model.
@@ -45,12 +47,12 @@ def sgtm(
         embeddings: ``"retain"``: forget rows do not train token and position embeddings (nor an output head tied to
         them). norms: ``"retain"``: forget rows do not train the norms of the layers that hold forget units.
         joint: Parts that forget rows train nonetheless: output projections of MLP or attention (the originals'
-            ``no_mlp_proj``, ``no_attn_proj``), or all of attention.
+            ``no_mlp_proj``, ``no_attn_proj``; with ``"mask"`` alone), or all of attention.
         loss: Loss of the pass.
 
     Raises:
         SelectionError: ``forget`` is no set of units, or leaves no others.
-        PlanError: an option that does not exist.
+        PlanError: an option that does not exist, or joint projections with a strategy that acts on activations.
 
     Example:
         >>> method = gs.methods.sgtm(anatomy, anatomy.heads[:, -1:] | anatomy.neurons[:, -16:], embeddings="retain")
@@ -64,6 +66,7 @@ def sgtm(
     ):
         if value not in options:
             raise PlanError(f"sgtm: {name} is one of {', '.join(options)}, not {value!r}.")
+    check_joint(joint, strategy)
     units = require_units(forget, "sgtm: forget")
     if "attention" in joint:
         units = require_units(units - anatomy.heads, "sgtm with joint attention: forget")
@@ -84,17 +87,26 @@ def sgtm(
     return Method([Pass("sgtm", loss, under=[*under, zero(units, where="retain")])])
 
 
+def check_joint(joint: Sequence[str], strategy: str) -> None:
+    names = (*PROJECTIONS, "attention")
+    if isinstance(joint, str) or (unknown := [part for part in joint if part not in names]):
+        given = joint if isinstance(joint, str) else ", ".join(map(str, unknown))
+        raise PlanError(f"sgtm: joint is a list of {', '.join(names)}, not {given!r}.")
+    if strategy != "mask" and (parts := [part for part in joint if part in PROJECTIONS]):
+        raise PlanError(
+            f"sgtm: joint {', '.join(parts)} needs strategy='mask': with {strategy!r} the projections read activations "
+            f"that are cut off."
+        )
+
+
 def without_projections(rest: Units, joint: Sequence[str]) -> Region:
     """The rest without the output projections that stay joint (columns and biases)."""
-    kinds = {"mlp_projection": "neuron", "attention_projection": "head"}
-    if unknown := set(joint) - {*kinds, "attention"}:
-        raise PlanError(f"sgtm: joint names {', '.join(unknown)}; there are {', '.join((*kinds, 'attention'))}.")
     out: Region = rest
-    for part in set(joint) & set(kinds):
+    for part in set(joint) & set(PROJECTIONS):
         names = {
             name
             for group, _ in rest.groups
-            if group.kind == kinds[part]
+            if group.kind == PROJECTIONS[part]
             for name in (*(slot[0] for slot in group.consumers[0]), *group.riders)
         }
         shapes = {rest.space.canonical(n): rest.space.shapes[rest.space.canonical(n)] for n in names}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import nn
 
@@ -11,15 +9,14 @@ from gradsurgery.anatomy.space import unwrap
 from gradsurgery.errors import PlanError
 from gradsurgery.surgery.hosts import check_host
 from gradsurgery.surgery.method import Method
-from gradsurgery.surgery.surgery import Surgery
-
-_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Surgery]] = weakref.WeakKeyDictionary()
+from gradsurgery.surgery.surgery import Surgery, attached_to, hold
 
 
 def attach(method: Method, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Surgery:
     """Put a method's hooks on a model and on its optimizer's step.
 
     The model's class, parameters and ``state_dict`` stay as they are; ``surgery.remove()`` takes everything off again.
+    Until then the surgery lives as long as the model, also where nobody keeps the handle.
 
     Args:
         method: What to do.
@@ -43,8 +40,7 @@ def attach(method: Method, model: nn.Module, optimizer: torch.optim.Optimizer | 
     if optimizer is not None and "deepspeed" in type(optimizer).__module__.lower():
         raise PlanError("a DeepSpeed optimizer steps inside backward; use FSDP2 (fully_shard) or DDP instead.")
     base = unwrap(model)
-    known = _attached.get(base)
-    if known is not None and (other := known()) is not None and other.attached:
+    if attached_to(base) is not None:
         raise PlanError(f"a surgery is attached to this {type(base).__name__} already; call its remove() first.")
     surgery = Surgery(method, model)
     try:
@@ -53,5 +49,5 @@ def attach(method: Method, model: nn.Module, optimizer: torch.optim.Optimizer | 
     except BaseException:
         surgery.remove()
         raise
-    _attached[base] = weakref.ref(surgery)
+    hold(surgery)
     return surgery

@@ -37,7 +37,7 @@ def batch_for(p: Pass, batch: Mapping[str, Any], model: nn.Module, known_columns
     """Cut a batch down to what a pass needs.
 
     Raises:
-        BatchError: a missing stream or label column, labels of wrong shape or dtype.
+        BatchError: no rows, a missing stream or label column, labels of wrong shape or dtype.
     """
     if p.stream is not None:
         if not isinstance(batch.get(p.stream), Mapping):
@@ -45,6 +45,8 @@ def batch_for(p: Pass, batch: Mapping[str, Any], model: nn.Module, known_columns
             raise BatchError(f"pass {p.name!r} needs batch[{p.stream!r}], a batch of its own; this batch has {have}.")
         batch = batch[p.stream]
     size = batch_size(batch)
+    if not size:
+        raise BatchError(f"the batch of pass {p.name!r} has no rows; skip empty batches (in a loader, drop_last=True).")
     columns = label_columns(p, batch)
     rest = without_labels(batch, known_columns)
     share = 1.0

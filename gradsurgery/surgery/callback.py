@@ -13,11 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from gradsurgery.errors import PlanError
-from gradsurgery.losses import causal_lm, model_loss
 from gradsurgery.surgery.attach import attach
 from gradsurgery.surgery.batches import label_columns
 from gradsurgery.surgery.checkpoint import save_state
 from gradsurgery.surgery.method import Method
+from gradsurgery.surgery.passes import require_plain
 from gradsurgery.surgery.surgery import Surgery
 
 log = logging.getLogger("gradsurgery")
@@ -127,19 +127,7 @@ def check_method(method: Method) -> None:
             f"passes; use gs.SurgeryTrainer."
         )
     (p,) = method.passes
-    own = {
-        "a stream": p.stream is not None,
-        "rows": p.rows is not None,
-        "refs": bool(p.refs),
-        "a schedule": p.when is not None,
-        "a weight": p.weight != 1.0,
-        "a slot": p.into != "main",
-        "a loss of its own": p.loss not in (causal_lm, model_loss),
-    }
-    if found := [name for name, has in own.items() if has]:
-        raise PlanError(
-            f"pass {p.name!r} has {', '.join(found)}, which a stock Trainer ignores; use gs.SurgeryTrainer."
-        )
+    require_plain(p, "a stock Trainer", "gs.SurgeryTrainer")
 
 
 def check_arguments(method: Method, args: Any) -> None:

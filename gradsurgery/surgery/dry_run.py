@@ -39,14 +39,18 @@ class DryRun:
 
 
 def dry_run(method: Method, model: nn.Module, batch: Mapping[str, Any]) -> DryRun:
-    """Run the passes once and look at the gradient; gradients, mode and random state of the model come back."""
+    """Run the passes once and look at the gradient; gradients, buffers, modes and random state come back."""
     base = unwrap(model)
-    before, cpu_state = {name: p.grad for name, p in base.named_parameters()}, torch.get_rng_state()
+    before = {name: p.grad for name, p in base.named_parameters()}
+    modes = {module: module.training for module in base.modules()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in base.buffers()]  # BatchNorm's running statistics
+    devices = {p.device for p in base.parameters() if p.device.type == "cuda"}
     surgery = Surgery(method, model)
     try:
         for p in base.parameters():
             p.grad = None
-        surgery.backward(batch)
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            surgery._backward(batch)
         masks = {}
         for name, p in base.named_parameters():
             mask = p.grad.ne(0) if p.grad is not None else torch.zeros(p.shape, dtype=torch.bool)
@@ -56,8 +60,12 @@ def dry_run(method: Method, model: nn.Module, batch: Mapping[str, Any]) -> DryRu
             masks[name] = mask
     finally:
         surgery.remove()
-        torch.set_rng_state(cpu_state)
         for name, p in base.named_parameters():
             p.grad = before[name]
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
     return DryRun(counts, {name: mask.numel() for name, mask in masks.items()}, masks)

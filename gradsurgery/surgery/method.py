@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from gradsurgery.anatomy.space import ParameterSpace, require_same_space, unwrap
-from gradsurgery.errors import PlanError
-from gradsurgery.surgery.passes import Pass
+from gradsurgery.errors import PlanError, SelectionError
+from gradsurgery.losses import causal_lm
+from gradsurgery.surgery.passes import Pass, as_tuple
+from gradsurgery.transforms.base import InputEffect
 from gradsurgery.transforms.clip import Clip
 from gradsurgery.transforms.engine.plan import ForwardPlan
 from gradsurgery.transforms.freeze import Freeze
@@ -45,9 +48,12 @@ class Method:
 
     def __post_init__(self) -> None:
         for field in ("passes", "gradient", "update"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+            object.__setattr__(self, field, as_tuple(getattr(self, field), f"Method: {field}"))
         if not self.passes:
             raise PlanError("a method needs at least one pass.")
+        for p in self.passes:
+            if not isinstance(p, Pass):
+                raise PlanError(f"Method: passes=[…] takes gs.Pass, not {type(p).__name__}.")
         names = [p.name for p in self.passes]
         if len(set(names)) < len(names):
             raise PlanError(f"passes need different names, these are {', '.join(names)}.")
@@ -81,13 +87,18 @@ class Method:
 
         Raises:
             SelectionError: a region of another model, empty, or without an entry that trains.
-            PlanError: a layer that cannot do what is asked.
+            PlanError: a layer that cannot do what is asked; ``causal_lm`` for a model that predicts no next token.
         """
         model = unwrap(model)
         space = ParameterSpace.of(model)
+        trains = {space.canonical(name) for name, p in model.named_parameters() if p.requires_grad}
         for transform in (*self.gradient, *self.update):
             for region in transform.regions():
                 require_same_space(region.space, space, f"{transform.name}: region {region.text or 'given'}")
+                if trains.isdisjoint(region.entries):
+                    raise SelectionError(f"{transform.describe()} holds no entry that trains, so nothing would happen.")
+        for p in self.passes:
+            check_pass(p, model)
         return {p.name: ForwardPlan(model, p.forward_transforms) for p in self.passes}
 
     def explain(self, model: nn.Module) -> str:
@@ -132,6 +143,30 @@ class Method:
 
     def __str__(self) -> str:
         return json.dumps(self.describe(), indent=1)
+
+
+def check_pass(p: Pass, model: nn.Module) -> None:
+    """Raise where a pass's loss, or a detach, means nothing on a model."""
+    if causal_lm in p.losses.values() and not predicts_next_token(model):
+        raise PlanError(
+            f"pass {p.name!r} trains causal_lm, and {type(model).__name__} does not predict the next token; give it "
+            f"loss=gs.losses.model_loss, or a loss of your own."
+        )
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    for transform in p.forward_transforms:
+        if any(isinstance(effect, InputEffect) and effect.kind == "detach" for effect in transform.effects()):
+            raise SelectionError(f"{transform.describe()} stops gradients, and no parameter of the model trains.")
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether logits at a position are of the token after it; plain modules, of which nothing is known, pass."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    if not re.search("For[A-Z]", type(model).__name__) or "ForCausalLM" in type(model).__name__:
+        return True
+    can_generate = getattr(model, "can_generate", None)
+    return can_generate is None or bool(can_generate())
 
 
 def describe_losses(p: Pass) -> str:

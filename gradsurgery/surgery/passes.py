@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from gradsurgery.errors import PlanError
-from gradsurgery.losses import causal_lm
+from gradsurgery.losses import causal_lm, model_loss
 from gradsurgery.surgery.schedule import Schedule
 from gradsurgery.transforms.base import ForwardTransform, Transform
 
@@ -24,7 +25,8 @@ class Pass:
     Args:
         name: Name of the pass, in results, logs and ``freeze(…, unless=name)``.
         loss: ``loss(outputs, batch, refs) -> scalar``, a mean over its tokens (a loss over other items has an
-            attribute ``count(batch)``, their number); or several by name over the *one* forward.
+            attribute ``count(batch)``, their number); or several by name over the *one* forward. The default is the
+            next token's; models that predict something else take ``gs.losses.model_loss``.
         under: Forward transforms of this pass.
         stream: Take the sub-batch ``batch[stream]``.
         rows: Take the rows that this bool column flags (``"~column"``: the others).
@@ -34,7 +36,8 @@ class Pass:
         refs: ``name -> reference(model, batch)``, evaluated first, in eval mode, without graph and transforms.
 
     Raises:
-        PlanError: no name, a transform of another stage, slots for losses that do not exist.
+        PlanError: no name or loss, a weight that is not finite, something that is no schedule, a transform of another
+            stage or one that is not linear, slots for losses that do not exist.
     """
 
     name: str
@@ -48,9 +51,14 @@ class Pass:
     refs: Mapping[str, Reference] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "under", tuple(self.under))
-        if not self.name:
+        if not isinstance(self.name, str) or not self.name:
             raise PlanError("a pass needs a name.")
+        object.__setattr__(self, "under", as_tuple(self.under, f"pass {self.name!r}: under"))
+        self._check_loss()
+        if not isinstance(self.weight, (int, float)) or not math.isfinite(self.weight):
+            raise PlanError(f"pass {self.name!r}: weight is a finite number, not {self.weight!r}.")
+        if self.when is not None and not isinstance(self.when, Schedule):
+            raise PlanError(f"pass {self.name!r}: when takes gs.every(k) or gs.sample_one(seed), not {self.when!r}.")
         for transform in self.under:
             stage = getattr(transform, "stage", None)
             if stage in ("gradient", "update"):
@@ -63,10 +71,25 @@ class Pass:
                 raise PlanError(
                     f"pass {self.name!r}: {transform!r} is no transform (gs.mask, gs.scale, gs.detach, gs.zero)."
                 )
+            if not transform.traits.linear:
+                raise PlanError(
+                    f"pass {self.name!r}: {transform.describe()} is not linear and would be wrong per micro-batch; "
+                    f"make it a transform of the gradient stage, for gradient=[…] of the method."
+                )
         if not isinstance(self.into, str) and set(self.into) != set(self.losses):
             raise PlanError(
                 f"pass {self.name!r}: into names {', '.join(self.into)}, the losses are {', '.join(self.losses)}."
             )
+
+    def _check_loss(self) -> None:
+        what = "a function loss(outputs, batch, refs), or several by name"
+        if callable(self.loss):
+            return
+        if not isinstance(self.loss, Mapping) or not self.loss:
+            raise PlanError(f"pass {self.name!r}: loss takes {what}, not {self.loss!r}.")
+        for name, loss in self.loss.items():
+            if not callable(loss):
+                raise PlanError(f"pass {self.name!r}: loss takes {what}; {name!r} is {loss!r}.")
 
     @property
     def losses(self) -> dict[str, Loss]:
@@ -104,3 +127,31 @@ class Pass:
         if self.when is not None:
             out["when"] = repr(self.when)
         return out
+
+
+def as_tuple(given: Any, what: str) -> tuple[Any, ...]:
+    """A list as a tuple; a `PlanError` for what somebody forgot to put into one."""
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise PlanError(f"{what} takes a list, not {type(given).__name__}: write [{describe_given(given)}].")
+    return tuple(given)
+
+
+def describe_given(given: Any) -> str:
+    if isinstance(given, Pass):
+        return f"gs.Pass({given.name!r}, …)"
+    return given.describe() if isinstance(given, Transform) else repr(given)
+
+
+def require_plain(p: Pass, host: str, instead: str) -> None:
+    """Raise unless a pass means no more than transforms around somebody else's forward, loss and backward."""
+    own = {
+        "a stream": p.stream is not None,
+        "rows": p.rows is not None,
+        "refs": bool(p.refs),
+        "a schedule": p.when is not None,
+        "a weight": p.weight != 1.0,
+        "a slot": p.into != "main",
+        "a loss of its own": p.loss not in (causal_lm, model_loss),
+    }
+    if found := [name for name, has in own.items() if has]:
+        raise PlanError(f"pass {p.name!r} has {', '.join(found)}, which {host} ignores; use {instead}.")

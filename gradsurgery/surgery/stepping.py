@@ -5,8 +5,9 @@ Order before the step: gradient transforms, frozen entries out of the gradient, 
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,8 +45,12 @@ class Stepper:
         self.tracked: dict[str, Region] = {}
         self.enabled = True
         self._handles: list[RemovableHandle] = []
+        self._restore: Callable[[], None] | None = None
         if method.gradient or method.update:
-            self._handles.append(register_optimizer_step_pre_hook(self._refuse_others))
+            refuse = weakref.WeakMethod(self._refuse_others)  # this hook is global: it must keep no model alive
+            handle = register_optimizer_step_pre_hook(lambda o, *_: call(o) if (call := refuse()) else None)
+            weakref.finalize(self, handle.remove).atexit = False
+            self._handles.append(handle)
         self._context: StepContext | None = None
 
     def bind(self, optimizer: Any, slots: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -67,6 +72,11 @@ class Stepper:
             optimizer.register_step_pre_hook(lambda _, args, kwargs: self.before_step(slots, args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: self.after_step(slots)),
         ]
+        self._restore = watch_zero_grad(optimizer, lambda: self.new_window(slots))
+
+    @property
+    def bound(self) -> bool:
+        return self.optimizer is not None and self.optimizer() is not None
 
     def _holds(self, optimizer: torch.optim.Optimizer) -> bool:
         mine = {id(p) for p in self.model.parameters()}
@@ -124,28 +134,60 @@ class Stepper:
             )
         self.finish(slots)
         self._context = self.context(slots) if self.enabled else None
-        if self._context is None:
-            return
         for transform, state in zip(self.method.update, self.states[len(self.method.gradient) :], strict=True):
-            transform.before_step(self._context, state)
+            if self._context is None:
+                transform.skip(state)
+            else:
+                transform.before_step(self._context, state)
 
     def after_step(self, slots: Any) -> None:
         if self._context is not None:
             for transform, state in zip(self.method.update, self.states[len(self.method.gradient) :], strict=True):
                 transform.after_step(self._context, state)
+        self._context = None
         self.step += 1
         self.new_window(slots)
 
     def new_window(self, slots: Any) -> None:
         """Forget the gradients of the step before."""
-        self.finished, self._context = False, None
+        self.finished = False
         self.ran.clear()
         slots.clear()
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self.optimizer = [], None
+        if self._restore is not None:
+            self._restore()
+        self._handles, self.optimizer, self._restore = [], None, None
+
+
+def watch_zero_grad(optimizer: torch.optim.Optimizer, then: Callable[[], None]) -> Callable[[], None]:
+    """Call ``then`` after each ``zero_grad`` of this one optimizer (torch has no hook there); returns the way back."""
+    plain, own, held = type(optimizer).zero_grad, optimizer.__dict__.get("zero_grad"), weakref.ref(optimizer)
+    watching = True
+
+    @functools.wraps(plain)
+    def watched(*args: Any, **kwargs: Any) -> None:
+        if own is not None:
+            own(*args, **kwargs)
+        elif (mine := held()) is not None:
+            plain(mine, *args, **kwargs)
+        if watching:
+            then()
+
+    def restore() -> None:
+        nonlocal watching
+        watching = False
+        mine = held()
+        if mine is None or mine.__dict__.get("zero_grad") is not watched:
+            return  # somebody wrapped it again; ours only passes on from now
+        del mine.__dict__["zero_grad"]
+        if own is not None:
+            mine.__dict__["zero_grad"] = own
+
+    optimizer.__dict__["zero_grad"] = watched
+    return restore
 
 
 def region_norm(model: nn.Module, region: Region) -> Tensor:

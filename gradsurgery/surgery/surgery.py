@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.space import unwrap
-from gradsurgery.errors import BatchError, PlanError
-from gradsurgery.surgery.batches import PassBatch, batch_for, label_columns
+from gradsurgery.errors import PlanError
+from gradsurgery.surgery.batches import batch_for, label_columns
 from gradsurgery.surgery.checkpoint import state_of, take_state
-from gradsurgery.surgery.hosts import check_host, reduce_again, several_backwards, sync_every_backward
-from gradsurgery.surgery.items import NumItems, count_items, items_of, per_item
+from gradsurgery.surgery.hosts import check_host
+from gradsurgery.surgery.items import NumItems, count_items
 from gradsurgery.surgery.method import Method
-from gradsurgery.surgery.passes import Pass
+from gradsurgery.surgery.passes import Pass, require_plain
+from gradsurgery.surgery.runner import Backward, PassRunner, run_of
 from gradsurgery.surgery.slots import Slots
 from gradsurgery.surgery.stepping import Stepper
 from gradsurgery.transforms.engine.hooks import Switchboard
-from gradsurgery.transforms.engine.run import Run
-
-Backward = Callable[..., Any]
 
 
 class Surgery:
@@ -43,22 +40,22 @@ class Surgery:
         self._plans = method.validate(model)
         self._board = Switchboard(model, self._plans.values())
         self._stepper = Stepper(method, self.base)
-        self._model = model
         self.slots = Slots()
-        self._losses: dict[str, tuple[Tensor, Any]] = {}
+        self._passes = PassRunner(model, self.base, self._plans, self._board, self.slots, method.slots != {"main"})
         self._enabled = True
+        self._had_main = False
         self.attached = True
 
     @property
     def model(self) -> nn.Module:
-        return self._model
+        return self._passes.model
 
     @model.setter
     def model(self, host: nn.Module) -> None:
         if unwrap(host) is not self.base:
             raise PlanError(f"surgery.model takes the attached {type(self.base).__name__} or a wrapper around it.")
         check_host(host, self.method.slots)
-        self._model = host
+        self._passes.model = host
 
     @property
     def step(self) -> int:
@@ -78,6 +75,10 @@ class Surgery:
     ) -> dict[str, Tensor]:
         """Run every pass of the method on a batch: forward, loss, backward.
 
+        Gradients and slots accumulate until the bound optimizer steps or its ``zero_grad`` is called. Without one, and
+        for ``model.zero_grad()``, a new step begins when a main gradient that was there is ``None`` again: gradients
+        that are set to zero in place, or slots next to no main gradient, then go on accumulating.
+
         Args:
             batch: Model inputs, ``labels`` if the loss needs them, and the label columns (bool ``[batch]`` or
                 ``[batch, token]``), which the model never sees.
@@ -93,24 +94,40 @@ class Surgery:
         Raises:
             BatchError: labels missing or of wrong shape or dtype (before any pass runs); a loss that is not finite
                 (before its backward).
-            PlanError: the gradient stage of this step has run already.
+            PlanError: the gradient stage of this step has run already; schedules, and no bound optimizer to count by.
         """
         self._require_attached()
-        started = self.slots or self._stepper.ran or self._stepper.finished
-        if started and all(p.grad is None for p in self.base.parameters()):
-            self._stepper.new_window(self.slots)  # zero_grad without a step: a scaler skipped it
+        if not self._stepper.bound and (scheduled := [p.name for p in self.method.passes if p.when is not None]):
+            raise PlanError(
+                f"when=… of {', '.join(map(repr, scheduled))} counts optimizer steps, and no optimizer is bound: "
+                f"surgery.bind(optimizer)."
+            )
+        return self._backward(batch, num_items, backward)
+
+    def _backward(
+        self, batch: Mapping[str, Any], num_items: NumItems | None = None, backward: Backward | None = None
+    ) -> dict[str, Tensor]:
+        if self._had_main and not self._has_main():
+            self._stepper.new_window(self.slots)  # model.zero_grad() without a step: a scaler skipped it
         if self._stepper.finished:
             raise PlanError(
                 "the gradient stage of this step has run; step the optimizer, or zero_grad(), before backward."
             )
         if not self._stepper.ran:
-            self._losses = {}
+            self._passes.losses = {}
         running = self._scheduled()
         shares = {p.name: batch_for(p, batch, self.base, self.method.columns) for p in running}
         out: dict[str, Tensor] = {}
-        for p in running:
-            out.update(self._run_pass(p, shares[p.name], len(running), num_items, backward))
+        try:
+            for p in running:
+                out.update(self._passes.run(p, shares[p.name], len(running), num_items, backward))
+                self._stepper.ran.add(p.name)
+        finally:
+            self._had_main = self._has_main()
         return out
+
+    def _has_main(self) -> bool:
+        return any(p.grad is not None for p in self.base.parameters())
 
     def count_items(self, batches: Sequence[Mapping[str, Any]], average: bool = True) -> dict[str, Tensor]:
         """Items that each loss of this step is a mean over, in an accumulation window: ``num_items`` of ``backward``.
@@ -125,70 +142,15 @@ class Surgery:
     def _scheduled(self) -> list[Pass]:
         out = []
         for p in self.method.passes:
-            peers = [q for q in self.method.passes if q.when is p.when]
+            peers = [q for q in self.method.passes if q.when == p.when]
             if p.when is None or p.when.runs(self.step, peers.index(p), len(peers)):
                 out.append(p if self._enabled else dataclasses.replace(p, under=()))
         return out
 
-    def _run_pass(
-        self, p: Pass, share: PassBatch, passes: int, num_items: NumItems | None, backward: Backward | None
-    ) -> dict[str, Tensor]:
-        refs = self._references(p, share)
-        parameters = dict(self.base.named_parameters())
-        out: dict[str, Tensor] = {}
-        with self._switched(p, Run(share.columns, passes)):
-            if self.method.slots != {"main"}:
-                sync_every_backward(self.base)
-            with several_backwards(self.model) if len(p.losses) > 1 else nullcontext():
-                outputs = self.model(**share.inputs)
-            self._board.check_called(self.model)
-            losses = {name: loss(outputs, share.batch, refs) for name, loss in p.losses.items()}
-            for name, loss in losses.items():
-                require_finite(name, loss)
-            for k, (name, loss) in enumerate(losses.items()):
-                factor: Any = p.weight * share.share
-                items: Any = 1.0
-                if num_items is not None:
-                    items = items_of(p.losses[name], share, self.base).to(loss.device)
-                    factor = p.weight * per_item(items, num_items, name)
-                scaled = loss if isinstance(factor, float) and factor == 1.0 else loss * factor
-                more = {"retain_graph": True} if k + 1 < len(losses) else {}
-                with self.slots.installed(p.slot(name), parameters):
-                    (backward or Tensor.backward)(scaled, **more)
-                    if k:
-                        reduce_again(self.model, parameters.values())
-                out[name] = loss.detach().float() * share.share
-                self._record(name, out[name], items)
-        self._stepper.ran.add(p.name)
-        return out
-
-    def _record(self, name: str, loss: Tensor, items: Any) -> None:
-        """Mean over the window's items, for the metrics."""
-        total, count = self._losses.get(name, (torch.zeros_like(loss), 0.0))
-        self._losses[name] = (total + loss * items, count + items)
-
-    def _references(self, p: Pass, share: PassBatch) -> dict[str, Any]:
-        if not p.refs:
-            return {}
-        training = self.base.training
-        self.base.eval()
-        try:
-            with torch.no_grad():
-                return {name: reference(self.model, share.inputs) for name, reference in p.refs.items()}
-        finally:
-            self.base.train(training)
-
-    @contextmanager
-    def _switched(self, p: Pass, run: Run) -> Iterator[None]:
-        if not self._enabled:
-            yield
-            return
-        with self._board.on(self._plans[p.name], run):
-            yield
-
     def finish(self) -> None:
         """The gradient stage, now; the optimizer's step calls it otherwise. Once per step, however often called."""
         self._require_attached()
+        self._had_main = self._has_main()
         self._stepper.finish(self.slots)
 
     @contextmanager
@@ -201,7 +163,8 @@ class Surgery:
             name: The pass, where the method has several.
 
         Raises:
-            PlanError: an unknown mode, several passes and no name, or other transforms at work on the same modules.
+            PlanError: an unknown mode, several passes and no name, a pass with a stream, rows, refs, a weight, a slot,
+                a schedule or a loss of its own, or other transforms at work on the same modules.
             BatchError: label columns missing or of wrong shape or dtype.
         """
         self._require_attached()
@@ -214,8 +177,9 @@ class Surgery:
         chosen = [p for p in self.method.passes if name in (None, p.name)]
         if len(chosen) != 1:
             raise PlanError(f"running needs the name of one pass: {', '.join(p.name for p in self.method.passes)}.")
+        require_plain(chosen[0], "a forward and backward of your own", "surgery.backward")
         columns = label_columns(chosen[0], batch or {})
-        with self._board.on(self._plans[chosen[0].name], Run(columns, 1)):
+        with self._board.on(self._plans[chosen[0].name], run_of(columns, 1, batch or {})):
             yield
         self._stepper.ran.add(chosen[0].name)
 
@@ -235,8 +199,14 @@ class Surgery:
 
     def metrics(self) -> dict[str, float]:
         """The last step's losses (means over its micro-batches) and gradient norms, as floats (one synchronisation)."""
-        out = {f"loss/{name}": float(total / count) for name, (total, count) in self._losses.items() if count}
+        out = {f"loss/{name}": float(total / count) for name, (total, count) in self._passes.losses.items() if count}
         return {**out, **{name: float(value) for name, value in self._stepper.metrics.items()}}
+
+    def loss_totals(self) -> dict[str, tuple[float, float]]:
+        """Of every loss of the method, in order: its sum over the last step's items on this rank, and their number."""
+        names = [name for p in self.method.passes for name in p.losses]
+        totals = {name: self._passes.losses.get(name, (0.0, 0.0)) for name in names}
+        return {name: (float(total), float(count)) for name, (total, count) in totals.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides model and optimizer: plain data, and tensors of stateful transforms."""
@@ -254,9 +224,11 @@ class Surgery:
         """Take every hook off the model and the optimizer."""
         self._board.remove()
         self._stepper.remove()
-        self._losses = {}
+        self._passes.losses = {}
         self.slots.clear()
         self.attached = False
+        if attached_to(self.base) is self:
+            del self.base.__dict__[HELD]
 
     def __enter__(self) -> Surgery:
         return self
@@ -269,9 +241,24 @@ class Surgery:
             raise PlanError("this surgery was removed from its model; call gs.attach again.")
 
 
-def require_finite(name: str, loss: Tensor) -> None:
-    """Refuse a loss that is nan or inf before its backward spoils the gradient (on the CPU: it would synchronise)."""
-    if loss.device.type == "cpu" and not torch.isfinite(loss).all():
-        raise BatchError(
-            f"the loss of {name!r} is {loss.item()}: the batch holds nan or inf, or training has diverged."
-        )
+HELD = "_gradsurgery"
+
+
+class Held:
+    """A model's strong reference to the surgery on it, left behind by copies and pickles of the model."""
+
+    def __init__(self, surgery: Surgery | None = None) -> None:
+        self.surgery = surgery
+
+    def __reduce__(self) -> tuple[type[Held], tuple[()]]:
+        return Held, ()
+
+
+def hold(surgery: Surgery) -> None:
+    """Keep an attached surgery alive as long as its model: its hooks act, whether or not anybody holds the handle."""
+    surgery.base.__dict__[HELD] = Held(surgery)
+
+
+def attached_to(base: nn.Module) -> Surgery | None:
+    held = base.__dict__.get(HELD)
+    return held.surgery if isinstance(held, Held) else None

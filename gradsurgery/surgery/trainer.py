@@ -150,11 +150,15 @@ class SurgeryTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.surgery is not None and "loss" in logs:
             metrics = self.surgery.metrics()
-            losses = [name for name in metrics if name.startswith("loss/")]
-            if losses and self.args.world_size > 1:
-                values = torch.tensor([metrics[name] for name in losses], device=self.args.device)
-                mean = self.accelerator.reduce(values, "mean")
-                metrics.update(zip(losses, mean.tolist(), strict=True))
+            if self.args.world_size > 1:  # every rank sends every loss, also one that its rows had no part in
+                totals = self.surgery.loss_totals()
+                sums = self.accelerator.reduce(torch.tensor(list(totals.values()), device=self.args.device), "sum")
+                means = {
+                    f"loss/{name}": total / count
+                    for name, (total, count) in zip(totals, sums.tolist(), strict=True)
+                    if count
+                }
+                metrics.update(means)
             logs.update(metrics)
         super().log(logs, *args, **kwargs)
 

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from gradsurgery.anatomy.entries import Entries
 from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.units import Units, require_units
-from gradsurgery.errors import SelectionError
+from gradsurgery.errors import BatchError, PlanError, SelectionError
 
 Stage = Literal["weights", "forward", "gradient", "update"]
 Where = str | Tensor | Mapping[str, "str | Tensor"] | None
@@ -58,7 +59,7 @@ class Transform:
 
     def describe(self) -> str:
         """One line for ``Method.explain`` and run configs."""
-        return f"{self.name}({', '.join(r.text or f'{r.numel():,} entries' for r in self.regions())})"
+        return f"{self.name}({', '.join(r.text or f'{r.numel():,} entries {r.digest}' for r in self.regions())})"
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class OnRegion(ForwardTransform):
 
     def __post_init__(self) -> None:
         require_entries(self.region, self.name)
+        require_where(self.where, self.name)
 
     def effects(self) -> list[Effect]:
         return [WeightEffect(name, part, self.factor, self.where) for name, part in self.region.entries.items()]
@@ -128,6 +130,7 @@ class OnUnits(ForwardTransform):
 
     def __post_init__(self) -> None:
         require_units(self.units, self.name)
+        require_where(self.where, self.name)
 
     def effects(self) -> list[Effect]:
         consumers = self.units.consumers.entries
@@ -149,3 +152,22 @@ def require_entries(region: Region, what: str) -> Region:
     if not region.numel():
         raise SelectionError(f"{what}: region {region.text or 'given'} is empty, so nothing would happen.")
     return region
+
+
+def require_where(where: Where, what: str) -> None:
+    """Raise unless ``where`` can name rows: ``PlanError`` for other types, ``BatchError`` for other tensors."""
+    parts = where.values() if isinstance(where, Mapping) and all(isinstance(k, str) for k in where) else [where]
+    if not parts:
+        raise PlanError(f"{what}: where={{}} names no part of the model; None flags every row.")
+    for part in parts:
+        if isinstance(part, Tensor):
+            if part.dtype != torch.bool or part.dim() not in (1, 2):
+                raise BatchError(
+                    f"{what}: where must be a bool tensor [batch] or [batch, token], not {part.dtype} "
+                    f"{list(part.shape)}."
+                )
+        elif not isinstance(part, str) and (part is not None or part is not where):
+            raise PlanError(
+                f"{what}: where is the name of a bool column, a bool tensor [batch] or [batch, token], a mapping of "
+                f"those by part of the model, or None; not {type(part).__name__}."
+            )

@@ -31,7 +31,7 @@ class Clip(GradientTransform):
     traits = Traits(idempotent=True, norm_nonincreasing=True)
 
     def __post_init__(self) -> None:
-        if not (self.max_norm > 0 and math.isfinite(self.max_norm)):
+        if not isinstance(self.max_norm, (int, float)) or not 0 < self.max_norm < math.inf:
             raise PlanError(f"clip takes a positive finite norm, not {self.max_norm!r}.")
 
     def apply(self, context: StepContext, state: dict[str, Any]) -> None:

@@ -101,6 +101,10 @@ class Freeze(UpdateTransform):
                 put_(tensor, boxes, values)
         state["saved"].clear()
 
+    def skip(self, state: dict[str, Any]) -> None:
+        state["saved"].clear()
+        state["clean"].clear()  # moments may leave zero in this step
+
     def describe(self) -> str:
         return super().describe()[:-1] + (f", unless={self.unless!r})" if self.unless else ")")
 

@@ -47,8 +47,8 @@ def prune_(model: nn.Module, units: Units, inputs: Mapping[str, Any] | None = No
 
     Example:
         >>> gs.prune_(model, anatomy.neurons[:, -16:])
-        >>> model.config.intermediate_size
-        112
+        >>> model.config.intermediate_size  # of 32
+        16
     """
     units = require_units(units, "prune_")
     model = unwrap(model)

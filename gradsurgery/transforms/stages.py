@@ -68,3 +68,6 @@ class UpdateTransform(Transform):
 
     def after_step(self, context: StepContext, state: dict[str, Any]) -> None:
         """Right after the step."""
+
+    def skip(self, state: dict[str, Any]) -> None:
+        """Instead of all of these, before a step that runs with the surgery disabled."""

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradsurgery as gs
+from conftest import tiny_llama
 from gradsurgery.anatomy.entries import Entries
 from gradsurgery.errors import SelectionError
 from tests.anatomy.anatomies import anatomy_of
@@ -218,3 +219,53 @@ def test_regions_of_other_models_do_not_mix() -> None:
         anatomy_of("llama").heads[:, 0] | anatomy_of("gpt2").heads[:, 0]
     with pytest.raises(SelectionError, match="another model"):
         anatomy_of("llama").rest(anatomy_of("gpt2").heads[:, 0])
+
+
+def test_text_of_indexed_and_named_unions_reads_back() -> None:
+    anatomy = anatomy_of("llama")
+    both, later = anatomy.heads | anatomy.neurons, anatomy.heads - anatomy.heads[0, :]
+    assert isinstance(later, gs.Units)
+    for region in (
+        both[:, -1:],
+        both[0, [0, 1]],
+        both.named("*mlp*"),
+        later[:, :2],
+        both[:, 1:][0, :2],
+    ):
+        assert anatomy.select(region.text) == region, region.text
+
+
+def test_riders_stay_with_their_groups() -> None:
+    anatomy = anatomy_of("gpt2")
+    rest = anatomy.rest(anatomy.heads[:, -1:] | anatomy.neurons[:, -2:])
+    assert rest[:, :] == rest
+    mlp = rest.named("*mlp*")
+    assert "transformer.h.0.mlp.c_proj.bias" in mlp and "transformer.h.0.attn.c_proj.bias" not in mlp
+
+
+def test_experts_and_the_neurons_inside_them_meet_as_entries() -> None:
+    anatomy = anatomy_of("mixtral")
+    neurons, mixed = anatomy.neurons[0, :], anatomy.neurons[0, :2] | anatomy.experts[0, :]
+    assert (neurons & mixed) == neurons
+    assert not (neurons - mixed)
+
+
+@pytest.mark.parametrize("index", [torch.tensor([0.9, 1.7]), [0.5], True, [0, 9999], "0", [True, False]], ids=str)
+def test_bad_indices_are_refused(index) -> None:
+    with pytest.raises(SelectionError):
+        anatomy_of("llama").neurons[0, index]
+
+
+def test_units_within_never_reach_beyond_the_region() -> None:
+    model = tiny_llama()
+    anatomy = gs.dissect(model)
+    region = gs.region(model, ["q_proj", "o_proj"])
+    assert anatomy.units_within(region) in region
+    assert anatomy.units_within(gs.region(model, "self_attn")) == anatomy.kv_groups[:, :]
+
+
+def test_equal_shapes_with_other_heads_are_another_model() -> None:
+    one, other = tiny_llama(), tiny_llama(heads=2, kv=1)
+    assert {n: p.shape for n, p in one.named_parameters()} == {n: p.shape for n, p in other.named_parameters()}
+    with pytest.raises(SelectionError, match="head"):
+        _ = gs.dissect(one).heads | gs.dissect(other).heads

@@ -210,6 +210,10 @@ def test_removal_leaves_what_retain_rows_saw(model, anatomy) -> None:
         ({"embeddings": "forget"}, PlanError),
         ({"norms": None}, PlanError),
         ({"joint": ["mlp"]}, PlanError),
+        ({"joint": ["mlp"], "strategy": "zero"}, PlanError),
+        ({"joint": "attention"}, PlanError),
+        ({"joint": ["mlp_projection"], "strategy": "detach"}, PlanError),
+        ({"joint": ["attention", "attention_projection"], "strategy": "zero"}, PlanError),
     ],
     ids=str,
 )

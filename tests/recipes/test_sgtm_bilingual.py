@@ -119,6 +119,18 @@ def test_bad_input_is_one_sentence(tmp_path: Path, options: dict[str, object], s
     assert said in done.stderr and "Traceback" not in done.stderr
 
 
+def test_two_ranks_train_what_one_would(tmp_path: Path, finished: tuple[Path, str]) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    done = subprocess.run(
+        launcher + command(tmp_path)[1:], capture_output=True, text=True, env=environment(), timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    both, one = (json.loads((f / "results.json").read_text()) for f in (tmp_path / "run", finished[0]))
+    for name in ("plain", "sgtm", "data_filter"):
+        for stage in {"before", "after"} & set(one[name]):
+            assert both[name][stage] == pytest.approx(one[name][stage], abs=2e-4)  # six AdamW steps of rounding
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("when", range(4))
 def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, finished: tuple[Path, str], when: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -13,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import gradsurgery as gs
 from gradsurgery.errors import PlanError
+from gradsurgery.surgery.surgery import attached_to
 from gradsurgery.transforms.engine import hooks as hooks_module
 from tests.surgery.tiny import anatomy, batch, build, forget_of, gap, grads, sgtm, weights
 
@@ -21,6 +23,7 @@ HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hook
 
 def traces(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """Everything of a model and its surroundings that a surgery might leave something in."""
+    gc.collect()  # surgeries of models that are gone take their global hook with them
     out: dict[str, Any] = {"keys": list(model.state_dict()), "names": {n: id(p) for n, p in model.named_parameters()}}
     for path, module in model.named_modules():
         out[path] = (type(module), sorted(vars(module)), {n: id(p) for n, p in module._parameters.items()})
@@ -30,6 +33,7 @@ def traces(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     out["acting"] = len(hooks_module._acting)
     if optimizer is not None:
         out["optimizer"] = (len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks))
+        out["zero_grad"] = optimizer.__dict__.get("zero_grad")
     return out
 
 
@@ -203,6 +207,12 @@ def test_running_switches_on_for_train_and_off_inside_for_reference() -> None:
         assert gap(grads(model), expected) < 1e-7
         with surgery.running("generate"), torch.no_grad():
             assert torch.equal(model(**inputs).logits, plain)
+        for more in ({"rows": "forget"}, {"weight": 2.0}, {"into": "protect"}, {"loss": lambda *_: torch.zeros(())}):
+            with (
+                gs.attach(gs.Method([gs.Pass("p", **more)]), build()) as other,
+                pytest.raises(PlanError, match="which a forward and backward of your own ignores"),
+            ):
+                other.running("train", data).__enter__()
         with pytest.raises(PlanError, match="running takes"):
             surgery.running("eval").__enter__()
         with pytest.raises(gs.errors.BatchError, match="label column 'forget'"):
@@ -295,3 +305,75 @@ def test_the_surgery_takes_wrappers_of_its_model_alone() -> None:
     model = build()
     with gs.attach(sgtm(stages=False), model) as surgery, pytest.raises(PlanError, match="wrapper around it"):
         surgery.model = build()
+
+
+def test_a_surgery_whose_handle_is_dropped_stays_attached_and_dies_with_its_model() -> None:
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    dropped = weakref.ref(gs.attach(sgtm(), model, optimizer))
+    gc.collect()
+    with pytest.raises(PlanError, match="attached to this LlamaForCausalLM already"):
+        gs.attach(sgtm(), model, optimizer)
+    twin = copy.deepcopy(model)
+    assert attached_to(twin) is None
+    surgery = dropped()
+    assert surgery is not None
+    surgery.remove()
+    gs.attach(sgtm(), model)
+    kept, hooks = weakref.ref(model), len(_global_optimizer_pre_hooks)
+    del model, optimizer, surgery
+    gc.collect()
+    assert kept() is None
+    assert len(_global_optimizer_pre_hooks) == hooks - 1
+
+
+def test_zero_grad_that_somebody_wrapped_before_or_after_keeps_working() -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls: list[str] = []
+
+    def noting(name: str, zero_grad: Any) -> Any:
+        def noted() -> None:
+            calls.append(name)
+            zero_grad()
+
+        return noted
+
+    optimizer.__dict__["zero_grad"] = first = noting("before", optimizer.zero_grad)
+    surgery = gs.attach(gs.methods.plain(), model, optimizer)
+    optimizer.zero_grad()
+    surgery.remove()
+    assert optimizer.__dict__["zero_grad"] is first
+    surgery = gs.attach(gs.methods.plain(), model, optimizer)
+    optimizer.__dict__["zero_grad"] = noting("after", optimizer.zero_grad)
+    surgery.remove()
+    optimizer.zero_grad()
+    assert calls == ["before", "after", "before"]
+
+
+def test_dry_run_leaves_buffers_and_modes() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm, self.still = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3).eval()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.still(self.norm(self.inner(x)))
+
+    model = Normed()
+    held = {name: value.clone() for name, value in model.named_buffers()}
+    seen: list[bool] = []
+
+    def reference(host: nn.Module, inputs: Any) -> torch.Tensor:
+        seen.append(model.norm.training)
+        return host(**inputs)
+
+    def loss(outputs: torch.Tensor, rows: Any, refs: Any) -> torch.Tensor:
+        seen.extend((model.norm.training, model.still.training))
+        return (outputs - refs["x"]).square().mean()
+
+    method = gs.Method([gs.Pass("p", loss, refs={"x": reference})])
+    method.dry_run(model, {"x": torch.randn(4, 3)})
+    assert seen == [False, True, False]  # a module that was in eval stays there
+    assert all(torch.equal(held[name], value) for name, value in model.named_buffers())
+    assert (model.training, model.norm.training, model.still.training) == (True, True, False)

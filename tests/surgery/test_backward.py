@@ -11,6 +11,7 @@ from torch import Tensor
 
 import gradsurgery as gs
 from gradsurgery.errors import BatchError, PlanError
+from gradsurgery.surgery.runner import run_of
 from tests.surgery.tiny import anatomy, batch, build, cut, forget_of, gap, grads, sgtm, weights
 
 
@@ -261,3 +262,78 @@ def test_refs_are_evaluated_plain_in_eval_mode() -> None:
         surgery.backward(batch())
     assert seen == {"training": False, "grad": False, "differs": True}
     assert model.training
+
+
+def test_a_method_without_a_main_gradient_accumulates_its_slot() -> None:
+    method, whole = gs.Method([gs.Pass("a", into="protect")]), batch()
+    model = build()
+    with gs.attach(method, model) as surgery:
+        surgery.backward(whole)
+        once = {n: g.clone() for n, g in surgery.slots["protect"].items()}
+        surgery.backward(whole)
+        assert gap({n: 2 * g for n, g in once.items()}, dict(surgery.slots["protect"])) < 1e-6
+        assert grads(model) == {}
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_zero_grad_of_the_bound_optimizer_ends_the_window(to_none: bool) -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    passes = [gs.Pass("ce", when=gs.every(1)), gs.Pass("sq", squared, into="protect")]
+    with gs.attach(gs.Method(passes, gradient=[gs.clip(1.0)]), model, optimizer) as surgery:
+        surgery.backward(batch())
+        once = {n: g.clone() for n, g in surgery.slots["protect"].items()}
+        surgery.finish()
+        optimizer.zero_grad(set_to_none=to_none)  # the step was given up
+        assert not surgery.slots
+        surgery.backward(batch())
+        assert gap(once, dict(surgery.slots["protect"])) == 0.0
+        optimizer.step()
+        assert surgery.step == 1
+
+
+def test_schedules_need_an_optimizer_to_count_by() -> None:
+    model = build()
+    method = gs.Method([gs.Pass("a"), gs.Pass("b", when=gs.every(3))])
+    method.dry_run(model, batch())
+    with gs.attach(method, model) as surgery:
+        with pytest.raises(PlanError, match=r"of 'b' counts optimizer steps.*bind"):
+            surgery.backward(batch())
+        assert grads(model) == {}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        surgery.bind(optimizer)
+        surgery.backward(batch())
+
+
+def test_equal_schedules_are_one() -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gs.attach(gs.Method([gs.Pass(n, when=gs.sample_one(0)) for n in "ab"]), model, optimizer) as surgery:
+        assert len(surgery.backward(batch())) == 1
+
+
+def test_a_batch_tells_hooks_its_shape() -> None:
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    assert run_of({}, 1, {"pixel_values": torch.zeros(2, 3, 4, 4)}).shape is None
+    assert run_of({}, 1, {"input_ids": ids}).shape == (2, 5)
+    assert run_of({}, 1, {"input_ids": ids, "labels": ids[:, :3]}).shape is None  # an encoder's length and a decoder's
+
+
+def test_a_pass_that_fails_after_others_ran_leaks_nothing_into_the_next_try() -> None:
+    armed = [True]
+
+    def loss(outputs: Any, rows: Mapping[str, Any], refs: Mapping[str, Any]) -> Tensor:
+        if armed.pop():
+            raise RuntimeError("burst")
+        return squared(outputs, rows, refs)
+
+    model = build()
+    passes = [gs.Pass("ce"), gs.Pass("sq", squared, into="protect"), gs.Pass("last", loss)]
+    with gs.attach(gs.Method(passes), model) as surgery:
+        with pytest.raises(RuntimeError, match="burst"):
+            surgery.backward(batch())
+        once = {n: g.clone() for n, g in surgery.slots["protect"].items()}
+        model.zero_grad()
+        armed.append(False)
+        surgery.backward(batch())
+        assert gap(once, dict(surgery.slots["protect"])) == 0.0

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import gradsurgery as gs
 from gradsurgery.errors import BatchError, GradsurgeryError, PlanError, SelectionError
+from gradsurgery.transforms.base import Traits
+from gradsurgery.transforms.mask import Mask
 from tests.surgery.test_attach import traces
-from tests.surgery.tiny import anatomy, batch, build, forget_of, sgtm, weights
+from tests.surgery.tiny import anatomy, batch, build, cut, forget_of, sgtm, weights
 
 
 def unchanged(model: nn.Module, call: Callable[[], Any], error: type[GradsurgeryError], match: str) -> None:
@@ -170,3 +174,73 @@ def test_a_module_whose_weight_is_read_by_other_means() -> None:
         model(torch.ones(2, 3)).sum().backward()
     with pytest.raises(PlanError, match="no forward"), gs.applied(model, gs.mask(gs.region(model, "outer.*"))):
         pass
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "vit"])
+def test_the_next_token_loss_on_models_that_predict_something_else(name: str) -> None:
+    small = {"vocab_size": 61, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    with torch.random.fork_rng(devices=[]):
+        if name == "t5":
+            model: Any = transformers.T5ForConditionalGeneration(
+                transformers.T5Config(
+                    vocab_size=61, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+                )
+            )
+        elif name == "bert":
+            model = transformers.BertForMaskedLM(transformers.BertConfig(**small, intermediate_size=8))
+        else:
+            fields = {"image_size": 4, "patch_size": 2, "intermediate_size": 8}
+            model = transformers.ViTForImageClassification(transformers.ViTConfig(**small, **fields))
+    for method in (gs.methods.plain(), gs.Method([gs.Pass("p", {"x": gs.losses.causal_lm})])):
+        unchanged(model, functools.partial(gs.attach, method, model), PlanError, "does not predict.*model_loss")
+    with gs.attach(gs.methods.plain(gs.losses.model_loss), model) as surgery:
+        if name == "t5":
+            data = {key: batch()[key] for key in ("input_ids", "labels")}
+            expected = float(model(**data).loss.detach())
+            assert float(surgery.backward(data)["plain"]) == pytest.approx(expected, rel=0.5)
+    gs.methods.plain().validate(nn.Linear(2, 2))  # of plain modules nothing is known
+
+
+def test_stages_and_detach_where_nothing_trains() -> None:
+    model, frozen = build(), anatomy().neurons[0, :]
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.1" in name)
+    method = gs.Method([gs.Pass("p")], update=[gs.freeze(frozen)])
+    unchanged(model, lambda: gs.attach(method, model), SelectionError, "no entry that trains")
+    attach_under(model, gs.detach(frozen))().remove()
+    model.requires_grad_(False)
+    unchanged(model, attach_under(model, gs.detach(frozen)), SelectionError, "no parameter of the model trains")
+
+
+def test_an_empty_batch() -> None:
+    model = build()
+    with gs.attach(sgtm(stages=False), model) as surgery:
+        unchanged(model, lambda: surgery.backward(cut(batch(), 0, 0)), BatchError, "no rows")
+
+
+class Squares(Mask):
+    traits = Traits(idempotent=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: gs.Pass("a", under=cast(Any, gs.mask(forget_of()))), r"under takes a list, not Mask: write \[mask\("),
+        (lambda: gs.Method(cast(Any, gs.Pass("a"))), r"passes takes a list, not Pass: write \[gs\.Pass\('a'"),
+        (lambda: gs.Method(cast(Any, ["a"])), r"takes gs\.Pass, not str"),
+        (lambda: gs.Method([gs.Pass("a")], gradient=cast(Any, gs.clip(1.0))), r"write \[clip\(1\.0\)\]"),
+        (lambda: gs.Method([gs.Pass("a")], update=cast(Any, gs.freeze(forget_of()))), "update takes a list"),
+        (lambda: gs.Pass("a", loss={}), "loss takes a function"),
+        (lambda: gs.Pass("a", loss=cast(Any, "causal_lm")), "loss takes a function"),
+        (lambda: gs.Pass("a", loss=cast(Any, {"x": "causal_lm"})), "loss takes a function.*'x' is"),
+        (lambda: gs.Pass("a", weight=float("nan")), "weight is a finite number"),
+        (lambda: gs.Pass("a", weight=cast(Any, "1")), "weight is a finite number"),
+        (lambda: gs.Pass("a", when=cast(Any, 3)), r"when takes gs\.every"),
+        (lambda: gs.clip(cast(Any, "1")), "positive finite norm"),
+        (lambda: gs.clip(float("nan")), "positive finite norm"),
+        (lambda: gs.Pass("a", under=[Squares(forget_of())]), "is not linear"),
+    ],
+)
+def test_constructors_say_what_they_take(make: Any, match: str) -> None:
+    with pytest.raises(PlanError, match=match):
+        make()

@@ -16,8 +16,6 @@ from gradsurgery.anatomy.discovery.inputs import dummy_inputs
 from tests.zoo.builder import build
 
 BATCH, LENGTH = 4, 7  #: no other size of the tiny models
-#: Modules whose weights their parent reads without calling them: they cannot be masked (an error that names them).
-UNCALLED = {"mamba": ["conv1d", "dt_proj"], "mamba2": ["conv1d"]}
 FAST = ["gpt_neo", "gpt2", "llama", "qwen3", "phi3", "gpt_neox", "mixtral", "gpt_oss", "olmo2", "t5", "bert", "vit"]
 SLOW = ["llama_mha", "qwen2", "gemma3_text", "gemma3_mqa", "bloom", "falcon_old", "falcon_new", "falcon_alibi", "opt"]
 SLOW += ["deepseek_v3", "mamba2", "mamba", "bart"]
@@ -121,8 +119,6 @@ def regions(draw: st.DrawFn, case: Case) -> gs.Region:
     chosen = draw(units(case))
     form = draw(st.sampled_from(["units", "rest", "complement", "structure"]))
     shared: gs.Region = case.anatomy.structure("shared relative position bias")  # tells no examples apart; own test
-    if case.name in UNCALLED:
-        shared |= case.anatomy.region(UNCALLED[case.name])
     if form == "units":
         return chosen - shared if shared else chosen
     if form == "rest":

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import gradsurgery as gs
 from gradsurgery.errors import BatchError, PlanError, SelectionError
-from tests.transforms.cases import BATCH, FAST, UNCALLED, case, gradients
+from tests.transforms.cases import BATCH, FAST, case, gradients
 
 IS_FLAGGED = torch.tensor([True, False, True, False])
 
@@ -118,14 +120,44 @@ def test_position_distances_cannot_tell_examples_apart() -> None:
         assert not any(found[name].count_nonzero() for name in shared.entries)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", UNCALLED)
-def test_weights_that_a_parent_reads_are_named(name: str) -> None:
-    c = case(name)
-    for module in UNCALLED[name]:
-        mask = gs.mask(c.anatomy.region([module, "in_proj"]))
-        with pytest.raises(PlanError, match=f"{module}.*was not called"), gs.applied(c.model, mask):
-            c.loss()
+class _Reader(nn.Module):
+    """Reads its child's weight instead of calling the child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.called = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.called(x), self.child.weight)
+
+
+class _SecretReader(nn.Module):
+    """The same, so that its source does not show it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.called = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.called(x), next(self.children()).weight)  # type: ignore[arg-type]
+
+
+def test_a_weight_that_its_parent_reads_is_masked_there() -> None:
+    model, x, where = _Reader(), torch.randn(4, 2, 3), torch.tensor([True, False, False, True])
+    with gs.applied(model, gs.mask(gs.region(model, "child.weight"), where=where)):
+        model(x).sum().backward()
+    assert model.child.weight.grad is not None
+    found = model.child.weight.grad.clone()
+    model.zero_grad()
+    model(x[~where]).sum().backward()
+    torch.testing.assert_close(found, model.child.weight.grad)
+
+
+def test_a_weight_that_nobody_is_seen_to_read_is_an_error() -> None:
+    model = _SecretReader()
+    mask = gs.mask(gs.region(model, ["child.weight", "called.weight"]))
+    with pytest.raises(PlanError, match=r"child.*was not called"), gs.applied(model, mask):
+        model(torch.randn(4, 2, 3))
 
 
 def test_tied_weights_are_reached_under_both_names() -> None:

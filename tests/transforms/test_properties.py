@@ -23,7 +23,6 @@ from tests.transforms.cases import (
     FAST,
     LENGTH,
     SLOW,
-    UNCALLED,
     Case,
     assert_close,
     case,
@@ -142,8 +141,6 @@ def test_every_parameter(name: str) -> None:
     """Each layer type of the model at once: embeddings, positions, norms, convolutions, routers, sinks, heads."""
     c = case(name)
     shared: gs.Region = c.anatomy.structure("shared relative position bias")
-    if name in UNCALLED:
-        shared |= c.anatomy.region(UNCALLED[name])
     everything, reference = gs.region(c.model, "*") - shared, stock(c)
     where = torch.tensor([True, False, False, True])
     found = under(c, gs.scale(everything, -0.75, where=where))

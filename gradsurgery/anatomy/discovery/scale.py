@@ -57,7 +57,7 @@ class Transfer:
             if not candidates:
                 raise AnatomyError(
                     f"{block or type(self.model).__name__}: no block of its tiny twin holds the same parameters. "
-                    "Declare its layout with gs.dissect(model, layouts=[...])."
+                    "Dissect the model with its weights loaded: then it is examined itself."
                 )
             source = max(candidates, key=lambda b: len(self.by_block[b]))
             self.sources[block] = source

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Sequence
+
 import numpy as np
+from torch import nn
 
 from gradsurgery.errors import AnatomyError
 
@@ -10,9 +14,18 @@ from .blocks import Survey
 from .coupling import block_of
 from .draft import Draft
 
+DECLARED = "declared structural"
 
-def structural_of(model, seen: Survey, drafts: list[Draft]) -> dict[str, str]:  # type: ignore[no-untyped-def]
+
+def is_declared(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern names a parameter: itself, a module above it, or a glob."""
+    return any(name == p or name.startswith(f"{p}.") or fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def structural_of(model: nn.Module, seen: Survey, drafts: list[Draft], declared: Sequence[str] = ()) -> dict[str, str]:
     """Parameter name -> reason, for every parameter without units.
+
+    ``declared``: parameters that may be left without units though nothing explains them.
 
     Raises:
         AnatomyError: A live matrix inside a block is no known kind of structure.
@@ -30,6 +43,8 @@ def structural_of(model, seen: Survey, drafts: list[Draft]) -> dict[str, str]:  
             continue
         lost = name in claimed and name not in riders
         why = None if lost else _reason(name, parameter.ndim, seen, riders, latent, weights)
+        if why is None and is_declared(name, declared):
+            why = DECLARED
         if why is None:
             unknown.append(name)
         else:
@@ -115,6 +130,6 @@ def _message(model, unknown: list[str]) -> str:  # type: ignore[no-untyped-def]
     more = f" and {len(places) - 4} more" if len(places) > 4 else ""
     return (
         f"{shown}{more}: the layout of these modules of {type(model).__name__} is unknown: their weights take part in "
-        "the computation but form no units that survive a swap test. Declare them with "
-        "gs.dissect(model, layouts=[...])."
+        "the computation but form no units that survive a swap test. To go on without units there, name them: "
+        f"gs.dissect(model, structural=[{places[0]!r}])."
     )

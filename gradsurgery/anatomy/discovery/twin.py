@@ -44,6 +44,6 @@ def twin_of(model: nn.Module, step: int = 0) -> nn.Module:
             return prepare(type(model)(small))
     except Exception as error:
         raise AnatomyError(
-            f"{type(model).__name__} cannot be built at small size ({type(error).__name__}: {error}). Declare its "
-            "layout with gs.dissect(model, layouts=[...])."
+            f"{type(model).__name__} cannot be built at small size ({type(error).__name__}: {error}). Dissect it "
+            "with its weights loaded: then it is examined itself."
         ) from error

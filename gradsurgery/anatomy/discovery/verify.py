@@ -152,7 +152,7 @@ def producers(draft: Draft) -> list[Slot]:
 def disjoint(draft: Draft) -> bool:
     """Whether no two units of a group claim one entry; rows and columns of one tensor always cross."""
     names = [slot.name for slot in draft.slots]
-    if len(set(names)) < len(names) and draft.count > 1:
+    if len(set(names)) < len(names):
         return False
     for slot in draft.slots:
         if not isinstance(slot.name, str) or draft.count == 1:

@@ -88,13 +88,26 @@ def only_entries(weight: Tensor, boxes: Boxes, but: Boxes) -> Tensor:
     return _Cut.apply(_Only.apply(weight, boxes), but)
 
 
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter of a module, or under a dotted name of one of its children."""
+    path, _, attribute = name.rpartition(".")
+    return module.get_submodule(path)._parameters[attribute]
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """Let a module read ``value`` as its parameter, without registering anything."""
+    path, _, attribute = name.rpartition(".")
+    module.get_submodule(path)._parameters[attribute] = value  # type: ignore[assignment]
+
+
 @contextmanager
 def swapped(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
     """The module reads ``weights`` instead of its own parameters inside the block."""
-    saved = {name: module._parameters[name] for name in weights}
+    saved = {name: parameter_of(module, name) for name in weights}
     try:
         for name, weight in weights.items():
-            module._parameters[name] = weight  # type: ignore[assignment]
+            set_parameter(module, name, weight)
         yield
     finally:
-        module._parameters.update(saved)
+        for name, parameter in saved.items():
+            set_parameter(module, name, parameter)

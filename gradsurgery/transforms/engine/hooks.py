@@ -70,6 +70,7 @@ class Switchboard:
                 )
         before = self.plan, self.run, self.called
         self.plan, self.run, self.called = plan, run, set()
+        run.tokens_first = plan.tokens_first
         for path in plan.handlers:
             _acting[self._modules[path]] = self
         try:

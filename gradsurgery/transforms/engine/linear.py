@@ -48,17 +48,27 @@ def output(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, edits: Edits,
         return F.linear(x_NI, weight_OI, bias_O)
     columns, rows = active[0]
     kept = _other_end(columns)
-    if len(active) > 1 or kept is None:
+    cut_NC = columns.take(x_NI, 1)
+    if len(active) == 1 and kept is not None:
+        y_NO = F.linear(x_NI[:, kept], weight_OI[:, kept], bias_O)
+    elif len(active) == 1 and x_NI.device.type == "cpu" and bool(torch.isfinite(cut_NC).all()):
+        # a weight without the columns is a smaller copy than x without them; 0 * inf would be nan, hence the check
+        y_NO = F.linear(x_NI, _without(weight_OI, columns), bias_O)
+    else:
         x_NI = classes.scratch(x_NI)
         for columns, rows in active:
             rows.fill_(x_NI, columns, 0.0)
         return F.linear(x_NI, weight_OI, bias_O)
-    y_NO = F.linear(x_NI[:, kept], weight_OI[:, kept], bias_O)
     if not rows.all:  # the cut features of the other rows: a narrow product instead of a copy of x
-        cut_NC = columns.narrow(x_NI, 1).clone()
+        cut_NC = cut_NC.clone()
         Rows(rows.count, rows.span, rows.index).fill_(cut_NC, Indices(torch.arange(len(columns)), len(columns)), 0.0)
-        y_NO.addmm_(cut_NC, columns.narrow(weight_OI, 1).T)
+        y_NO.addmm_(cut_NC, columns.take(weight_OI, 1).T)
     return y_NO
+
+
+def _without(weight_OI: Tensor, columns: Indices) -> Tensor:
+    out = weight_OI.clone(memory_format=torch.preserve_format)
+    return out.index_fill_(1, columns.index_on(out.device), 0.0)
 
 
 def _other_end(columns: Indices) -> slice | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.anatomy.entries import Entries
-from gradsurgery.transforms.engine.linear import Edits, bias_gradient, input_gradient, output, weight_gradient
+from gradsurgery.transforms.engine.linear import Edits, bias_gradient, flagged, input_gradient, output, weight_gradient
 from gradsurgery.transforms.engine.program import Atom, Program
 from gradsurgery.transforms.engine.rows import RowClasses
 
@@ -36,8 +36,19 @@ class LinearPlan:
         self.edits = Edits(program.edits.get("weight", ()), 0 if transposed else 1)
         self.weight_atoms = program.atoms.get("weight") or [Atom(Entries.full(weight_shape), ())]
         self.bias_atoms = program.atoms.get("bias") or [Atom(Entries.full((out_features,)), ())]
+        self._idle: dict[tuple[tuple[int, ...], int], bool] = {}
         self.number = next(_numbers)
         _plans[self.number] = self
+
+    def idle(self, classes: RowClasses, passes: int) -> bool:
+        """Whether rows of these classes run as in the stock layer."""
+        key = (classes.codes, passes)
+        if key not in self._idle:
+            atoms = (*self.weight_atoms, *self.bias_atoms)
+            plain = all(atom.factor(code, passes) == 1.0 for atom in atoms for code in classes.codes)
+            edited = any(not flagged(classes, column).none for _, column in (*self.edits.zero, *self.edits.detach))
+            self._idle[key] = plain and not edited
+        return self._idle[key]
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, classes: RowClasses) -> Tensor:
         weight_OI = weight.T if self.transposed else weight

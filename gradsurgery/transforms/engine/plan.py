@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradsurgery.anatomy.space import ParameterSpace, own_class, require_same_space, unwrap
 from gradsurgery.errors import PlanError, SelectionError
-from gradsurgery.transforms.base import Effect, ForwardTransform, InputEffect
-from gradsurgery.transforms.engine.handlers import (
-    EmbeddingHandler,
-    Handler,
-    InputHandler,
-    LinearHandler,
-    SwapHandler,
-)
+from gradsurgery.transforms.base import Effect, ForwardTransform, InputEffect, WeightEffect
+from gradsurgery.transforms.engine.embedding import EmbeddingHandler
+from gradsurgery.transforms.engine.handlers import Handler, LinearHandler, SwapHandler
+from gradsurgery.transforms.engine.inputs import InputHandler
 from gradsurgery.transforms.engine.program import build_program
+from gradsurgery.transforms.engine.readers import read_instead_of_called, read_of_children
 from gradsurgery.transforms.engine.rerun import RerunHandler
 
 Owners = dict[str, list[tuple[str, str]]]
@@ -32,6 +30,33 @@ def owners_of(model: nn.Module, space: ParameterSpace) -> Owners:
             if parameter is not None:
                 out[space.canonical(name)].append((path, attribute))
     return out
+
+
+def reader_of(modules: Mapping[str, nn.Module], path: str, attribute: str) -> tuple[str, str]:
+    """The module whose forward reads a parameter: its owner, or the outermost ancestor that does, by a dotted name.
+
+    An ancestor's swapped parameter is also what the owner reads when it is called. Linear layers that the ancestor
+    calls on some paths and reads on others, never both on one, stay their own (and cheap); should the path that runs
+    not call them, ``Switchboard.check_called`` says so.
+    """
+    parts = path.split(".") if path else []
+    for k in range(len(parts)):
+        above, child = ".".join(parts[:k]), ".".join(parts[k:])
+        parent: Any = own_class(modules[above])
+        if (child, attribute) not in read_of_children(parent):
+            continue
+        if own_class(modules[path]) in (nn.Linear, Conv1D) and child in read_instead_of_called(parent):
+            continue
+        return above, f"{child}.{attribute}"
+    return path, attribute
+
+
+def is_tokens_first(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Whether a module runs on ``[token, batch, …]``: in attention, a layer or an RNN with ``batch_first=False``."""
+    parts = path.split(".") if path else []
+    above = [modules[".".join(parts[:k])] for k in range(len(parts) + 1)]
+    holders = [*above, *(getattr(module, "self_attn", None) for module in above)]
+    return any(getattr(holder, "batch_first", None) is False for holder in holders)
 
 
 class ForwardPlan:
@@ -54,12 +79,15 @@ class ForwardPlan:
             check_fits(transform, self.model, self.space)
         owners = owners_of(self.model, self.space)
         effects: dict[str, list[tuple[str, Effect]]] = {}
+        modules = dict(self.model.named_modules())
         for transform in self.transforms:
             for effect in transform.effects():
                 for path, attribute in owners[self.space.canonical(effect.name)]:
+                    if isinstance(effect, WeightEffect):
+                        path, attribute = reader_of(modules, path, attribute)
                     effects.setdefault(path, []).append((attribute, effect))
-        modules = dict(self.model.named_modules())
         self.handlers = {path: build_handlers(modules[path], path, found) for path, found in effects.items()}
+        self.tokens_first = frozenset(path for path in self.handlers if is_tokens_first(modules, path))
 
     @property
     def per_row(self) -> bool:

@@ -78,9 +78,6 @@ class Program:
     def per_row(self) -> bool:
         return bool(self.wheres)
 
-    def weighs(self, attribute: str) -> bool:
-        return attribute in self.atoms
-
 
 def build_program(
     path: str, effects: Sequence[tuple[str, WeightEffect | InputEffect]], zeros_are_atoms: bool = False

@@ -6,22 +6,50 @@ sinks, state-space mixers) run on everything, and each row of the output comes f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from gradsurgery.errors import BatchError, PlanError
-from gradsurgery.transforms.engine.adjoint import changes_of, only_entries, swapped, under_adjoint, without_entries
+from gradsurgery.errors import PlanError
+from gradsurgery.transforms.engine.adjoint import (
+    changes_of,
+    parameter_of,
+    swapped,
+    under_adjoint,
+)
+from gradsurgery.transforms.engine.calls import lead_of, map_rows, refuse_caches
+from gradsurgery.transforms.engine.experts import run_without
+from gradsurgery.transforms.engine.flags import output_flags
 from gradsurgery.transforms.engine.handlers import Call, Handler
-from gradsurgery.transforms.engine.program import InputEdit, Program, box_columns
+from gradsurgery.transforms.engine.program import Program
 from gradsurgery.transforms.engine.rows import Rows
-from gradsurgery.transforms.engine.run import Run, expand_flags
+from gradsurgery.transforms.engine.run import Run
+
+_MIXING = ("Batch", "Group", "Instance", "2d", "3d")
 
 
 def is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or "Norm" in type(module).__name__
+    """Whether the module normalises each row by itself, over its last dimension."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return len(module.normalized_shape) == 1
+    name = type(module).__name__
+    channels_first = getattr(module, "data_format", "") == "channels_first"
+    return ("LayerNorm" in name or "RMSNorm" in name) and not channels_first and not any(n in name for n in _MIXING)
+
+
+def refuse_running_statistics(path: str, module: nn.Module) -> None:
+    """Running a module once per class of rows would update the running statistics of batch norms several times."""
+    for part in module.modules():
+        tracks = getattr(part, "track_running_stats", getattr(part, "running_mean", None) is not None)
+        known = isinstance(part, _NormBase) or "BatchNorm" in type(part).__name__
+        if known and part.training and tracks:
+            raise PlanError(
+                f"{path} ({type(module).__name__}) keeps running statistics, and where=… runs it once per class of "
+                f"rows, which would update them twice. Put it in eval mode, or leave it out of the region."
+            )
 
 
 def is_row_wise(module: nn.Module) -> bool:
@@ -64,6 +92,8 @@ class RerunHandler(Handler):
 
     def before(self, module: nn.Module, call: Call, run: Run) -> Call:
         refuse_caches(self.program.path, call)
+        if self.program.per_row and not self.row_wise:
+            refuse_running_statistics(self.program.path, module)
         compiling = torch.compiler.is_compiling()
         # rows picked by label have sizes that only data know, which would break a compiled graph: norms run on all
         split = self.row_wise and not (compiling and not self.program.edits and is_norm(module))
@@ -112,18 +142,21 @@ class RerunHandler(Handler):
             other = self._run(module, call, codes[0], run)
             if after_state is not None:
                 torch.set_rng_state(after_state)
-            output = self._merge(output, other, frozenset(codes), run)
+            output = self._merge(output, other, frozenset(codes), module, run)
         return output
 
-    def _merge(self, plain: Any, other: Any, codes: frozenset[int], run: Run) -> Any:
+    def _merge(self, plain: Any, other: Any, codes: frozenset[int], module: nn.Module, run: Run) -> Any:
         if isinstance(plain, tuple | list):
-            return type(plain)(self._merge(a, b, codes, run) for a, b in zip(plain, other, strict=True))
+            parts = [self._merge(a, b, codes, module, run) for a, b in zip(plain, other, strict=True)]
+            return type(plain)(*parts) if hasattr(plain, "_fields") else type(plain)(parts)
+        if isinstance(plain, dict):
+            merged = {k: self._merge(v, other[k], codes, module, run) for k, v in plain.items()}
+            return type(plain)(**merged) if dataclasses.is_dataclass(plain) else type(plain)(merged)
         if not isinstance(plain, Tensor) or not plain.requires_grad:
             return plain
-        given = [run.flags(w, self.program.path) for w in self.program.wheres]
-        # a router gives [batch * token, expert]
-        lead = merged_lead(tuple(plain.shape), given)
-        flags = [expand_flags(flag, lead, self.program.path) for flag in given]
+        convolves = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        given = run.all_flags(self.program)  # a router gives [batch * token, expert]
+        lead, flags = output_flags(given, tuple(plain.shape), self.program.path, convolves, run.shape)
         chosen = torch.zeros(lead, dtype=torch.bool, device=plain.device)
         for code in codes:
             hit = torch.ones_like(chosen)
@@ -137,7 +170,7 @@ class RerunHandler(Handler):
         args, kwargs = call
         weights = {}
         for name, atoms in self.program.atoms.items():
-            if (weight := module._parameters[name]) is not None:
+            if (weight := parameter_of(module, name)) is not None:
                 weights[name] = under_adjoint(weight, changes_of(atoms, code, run.passes))
         edits = [
             (attribute, edit)
@@ -149,71 +182,3 @@ class RerunHandler(Handler):
             with swapped(module, weights):
                 return module.forward(*args, **kwargs)
         return run_without(module, call, weights, edits)
-
-
-def run_without(
-    module: nn.Module, call: Call, weights: dict[str, Tensor], edits: list[tuple[str, InputEdit]]
-) -> Tensor:
-    """Experts with some of their activations zeroed or detached; affine in the consumer weight, so the two are split.
-
-    ``y = f(W without the cut) + [f*(W of the detached alone) - f*(0)]``, ``f*`` with all before the consumer detached.
-    """
-    args, kwargs = call
-    boxes: dict[str, dict[str, list[Any]]] = {}
-    for attribute, edit in edits:
-        kinds = boxes.setdefault(attribute, {"zero": [], "detach": []})
-        kinds[edit.kind] += [box_columns(box, edit.entries.shape) for box in edit.entries.boxes()]
-    full = {name: weights.get(name, module._parameters[name]) for name in {*weights, *boxes}}
-    cut = {name: without_entries(full[name], k["zero"] + k["detach"]) for name, k in boxes.items()}  # type: ignore[arg-type]
-    with swapped(module, {**full, **cut}):  # type: ignore[dict-item]
-        y = module.forward(*args, **kwargs)
-    if any(kinds["detach"] for kinds in boxes.values()):
-        first = first_tensor(call)
-        call = replace_tensor(call, first, first.detach())
-        others = {n: p.detach() for n, p in module._parameters.items() if p is not None and n not in boxes}
-        only = {name: only_entries(full[name], k["detach"], k["zero"]) for name, k in boxes.items()}  # type: ignore[arg-type]
-        with swapped(module, {**others, **only}):
-            alone = module.forward(*call[0], **call[1])
-        with swapped(module, {**others, **{name: torch.zeros_like(only[name]) for name in boxes}}):
-            y = y + (alone - module.forward(*call[0], **call[1]))
-    return y
-
-
-def merged_lead(shape: tuple[int, ...], given: list[Tensor]) -> tuple[int, ...]:
-    """The dimensions of an output that flags speak of: ``[batch]``, ``[batch, token]`` or ``[batch, head, token]``."""
-    two = next((flag.shape for flag in given if flag.dim() == 2), None)
-    if two is None or shape[0] == two.numel():
-        return shape[:1]
-    later = [d for d in range(2, len(shape)) if shape[d] == two[1]]
-    return shape[:2] if shape[:2] == two or not later else shape[: later[0] + 1]
-
-
-def refuse_caches(path: str, call: Call) -> None:
-    for value in (*call[0], *call[1].values()):
-        if type(value).__name__.endswith("Cache"):
-            raise BatchError(
-                f"{path} runs once per class of rows, which a key-value cache forbids: pass use_cache=False."
-            )
-
-
-def lead_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(first_tensor((args, kwargs)).shape[:-1])
-
-
-def first_tensor(call: Call) -> Tensor:
-    return next(x for x in (*call[0], *call[1].values()) if isinstance(x, Tensor))
-
-
-def replace_tensor(call: Call, old: Tensor, new: Tensor) -> Call:
-    return tuple(new if x is old else x for x in call[0]), {k: new if x is old else x for k, x in call[1].items()}
-
-
-def map_rows(call: Call, lead: tuple[int, ...], take: Callable[[Tensor], Tensor]) -> Call:
-    """Every tensor argument with these leading dimensions, flattened to rows and cut."""
-
-    def cut(x: Any) -> Any:
-        if not isinstance(x, Tensor) or tuple(x.shape[: len(lead)]) != lead:
-            return x
-        return take(x.reshape(-1, *x.shape[len(lead) :]))
-
-    return tuple(cut(x) for x in call[0]), {k: cut(x) for k, x in call[1].items()}

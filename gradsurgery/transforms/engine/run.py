@@ -10,48 +10,13 @@ from torch import Tensor
 
 from gradsurgery.errors import BatchError
 from gradsurgery.transforms.base import Where
+from gradsurgery.transforms.engine.flags import Shape, check_column, check_size, expand_flags, uniform
 from gradsurgery.transforms.engine.program import Program
 from gradsurgery.transforms.engine.rows import RowClasses
 
+__all__ = ["Run", "check_column"]
 
-def check_column(name: str, flags: Any) -> Tensor:
-    """A label column as it must be: a bool tensor ``[batch]`` or ``[batch, token]``."""
-    if not isinstance(flags, Tensor) or flags.dtype != torch.bool or flags.dim() not in (1, 2):
-        given = f"{flags.dtype} {list(flags.shape)}" if isinstance(flags, Tensor) else type(flags).__name__
-        raise BatchError(f"label column {name!r} must be a bool tensor [batch] or [batch, token], not {given}.")
-    return flags
-
-
-def expand_flags(flags: Tensor, lead: tuple[int, ...], path: str) -> Tensor:
-    """``[batch]`` or ``[batch, token]`` flags for an input whose leading dimensions are ``lead``.
-
-    Flattened inputs (``[batch * token, features]``) are recognised; a leading dimension of one means that the module is
-    fed without a batch, and the flags keep their own (the caller expands the input).
-    """
-    batch, count = flags.shape[0], 1
-    for n in lead:
-        count *= n
-    if flags.dim() == 1:
-        if lead and lead[0] == batch:
-            return flags.reshape(batch, *[1] * (len(lead) - 1)).expand(lead)
-        if len(lead) == 1 and count % batch == 0:
-            return flags.repeat_interleave(count // batch)
-    else:
-        tokens = [
-            d for d in range(1, len(lead)) if lead[d] == flags.shape[1]
-        ]  # [batch, token, …] or [batch, head, token]
-        if lead and lead[0] == batch and (len(tokens) == 1 or (tokens and flags.shape[1] == 1)):
-            return flags.reshape(batch, *[flags.shape[1] if d == tokens[0] else 1 for d in range(1, len(lead))]).expand(
-                lead
-            )
-        if len(lead) == 1 and count == flags.numel():
-            return flags.reshape(-1)
-    if bool(flags.all()) or not bool(flags.any()):  # every row is treated alike, whatever its example
-        return flags.reshape(-1)[:1].reshape([1] * len(lead)).expand(lead)
-    raise BatchError(
-        f"flags {list(flags.shape)} do not fit the input of {path}, whose leading dimensions are {list(lead)}: its "
-        f"rows cannot be told apart by example. Leave this module out of the region, or pass flags of its own shape."
-    )
+_CROSS_ATTENTION = ("encdecattention", "encoder_attn", "encoder_attention", "crossattention", "cross_attn")
 
 
 class Run:
@@ -60,40 +25,65 @@ class Run:
     Args:
         columns: The label columns by name.
         passes: How many passes this step runs.
+        shape: ``(batch, tokens)`` of the pass, where it is known: it tells flattened rows from others.
     """
 
-    def __init__(self, columns: Mapping[str, Tensor] | None = None, passes: int = 1) -> None:
+    def __init__(
+        self, columns: Mapping[str, Tensor] | None = None, passes: int = 1, shape: tuple[int, int] | None = None
+    ) -> None:
         self.columns = {name: check_column(name, flags) for name, flags in (columns or {}).items()}
         self.passes = passes
-        self._classes: dict[tuple[Any, ...], RowClasses] = {}
+        self.shape: Shape = shape
+        self.tokens_first: frozenset[str] = frozenset()
+        self._classes: dict[tuple[Any, ...], tuple[list[Tensor], RowClasses]] = {}
 
-    def flags(self, where: Where, path: str) -> Tensor:
-        """The flags that a ``where`` means for the module at ``path``."""
+    def flags(self, where: Where, path: str, lead: tuple[int, ...] | None = None) -> Tensor:
+        """The flags that a ``where`` means for the module at ``path``, whose input leads with ``lead``."""
         if isinstance(where, Mapping):
-            parts = path.split(".")
-            found = [value for key, value in where.items() if key in parts]
-            if not found:
-                raise BatchError(
-                    f"where has no entry for {path}: it names {', '.join(where)}, none a part of that path."
-                )
-            where = found[0]
+            return self._of_part(where, path, lead)
         if isinstance(where, str):
             if where not in self.columns:
                 have = ", ".join(self.columns) or "none"
                 raise BatchError(
                     f"the batch has no label column {where!r} (it has: {have}). Add it as a bool tensor [batch]."
                 )
-            return self.columns[where]
-        assert isinstance(where, Tensor)
-        return check_column("where", where)
+            return check_size(self.columns[where], self.shape)
+        return check_size(check_column("where", where), self.shape)
 
-    def batch_size(self, program: Program) -> int:
-        """The number of examples that a program's flags speak of."""
-        return self.flags(program.wheres[0], program.path).shape[0]
+    def _of_part(self, where: Mapping[str, str | Tensor], path: str, lead: tuple[int, ...] | None) -> Tensor:
+        parts = path.split(".")
+        key = next((key for key in where if key in parts), "decoder" if "decoder" in where else None)
+        if key is None:  # the head of an encoder-decoder reads decoder rows, whatever its path
+            raise BatchError(f"where has no entry for {path}: it names {', '.join(where)}, none a part of that path.")
+        own = self.flags(where[key], path)
+        crosses = any(name in part.lower() for part in parts for name in _CROSS_ATTENTION)
+        if not crosses or "encoder" not in where or key == "encoder" or lead is None:
+            return own
+        other = self.flags(where["encoder"], path)
+        if own.dim() == other.dim() == 1 or (own.shape == other.shape and bool((own == other).all())):
+            return own
+        fits = [flags for flags in (own, other) if _fits(flags, lead)]  # queries read decoder rows, keys encoder rows
+        if len(fits) != 1:
+            raise BatchError(
+                f"{path} reads decoder or encoder rows, and flags {list(own.shape)} and {list(other.shape)} do not "
+                f"tell which for leading dimensions {list(lead)}. Use [batch] flags, or other sequence lengths."
+            )
+        return fits[0]
 
-    def stacked(self, program: Program, lead: tuple[int, ...], device: torch.device) -> Tensor:
+    def all_flags(self, program: Program, lead: tuple[int, ...] | None = None) -> list[Tensor]:
+        """The flags of all label columns of a program."""
+        found = [self.flags(where, program.path, lead) for where in program.wheres]
+        if program.path in self.tokens_first and not all(uniform(flags) for flags in found):
+            raise BatchError(
+                f"{program.path} runs on [token, batch, …] (batch_first=False), where flags do not fit. Build it with "
+                f"batch_first=True, leave it out of the region, or flag the whole batch alike."
+            )
+        return found
+
+    def stacked(self, program: Program, lead: tuple[int, ...], device: torch.device, checked: bool = True) -> Tensor:
         """``[columns, rows]`` flags of a module's input."""
-        flags = [expand_flags(self.flags(w, program.path), lead, program.path).reshape(-1) for w in program.wheres]
+        given = self.all_flags(program, lead)
+        flags = [expand_flags(f, lead, program.path, self.shape, checked).reshape(-1) for f in given]
         if not flags:
             count = 1
             for n in lead:
@@ -102,16 +92,26 @@ class Run:
         return torch.stack([f.to(device) for f in flags])
 
     def classes(self, program: Program, lead: tuple[int, ...], device: torch.device) -> RowClasses:
-        """Row classes of a module's input; computed once for all modules with the same columns and shape."""
-        names = tuple(where if isinstance(where, str) else id(where) for where in program.wheres)
-        mapped = any(isinstance(where, Mapping) for where in program.wheres)
-        key = (names, program.path if mapped else "", lead, device)
+        """Row classes of a module's input; computed once for all modules with the same flags and shape."""
+        given = self.all_flags(program, lead)
+        key = (tuple((id(flags), _version(flags)) for flags in given), lead, device)
         if key not in self._classes:
             if program.per_row:
-                self._classes[key] = RowClasses.of(self.stacked(program, lead, torch.device("cpu")), device)
+                classes = RowClasses.of(self.stacked(program, lead, torch.device("cpu")), device)
             else:
                 count = 1
                 for n in lead:
                     count *= n
-                self._classes[key] = RowClasses.plain(count, device)
-        return self._classes[key]
+                classes = RowClasses.plain(count, device)
+            self._classes[key] = given, classes  # holding the flags, whose ids would be used again otherwise
+        return self._classes[key][1]
+
+
+def _fits(flags: Tensor, lead: tuple[int, ...]) -> bool:
+    if flags.dim() == 1:
+        return lead[:1] == flags.shape
+    return flags.shape[1] in lead[1:] if len(lead) > 1 else lead[0] == flags.numel()
+
+
+def _version(flags: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() or flags.is_inference() else flags._version

@@ -1,0 +1,110 @@
+"""One pass at a time: references, forward under its transforms, losses, a backward into each loss's slot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery.errors import BatchError
+from gradsurgery.surgery.batches import PassBatch
+from gradsurgery.surgery.hosts import reduce_again, several_backwards, sync_every_backward
+from gradsurgery.surgery.items import NumItems, items_of, per_item
+from gradsurgery.surgery.passes import Pass
+from gradsurgery.surgery.slots import Slots
+from gradsurgery.transforms.engine.hooks import Switchboard
+from gradsurgery.transforms.engine.plan import ForwardPlan
+from gradsurgery.transforms.engine.run import Run
+
+Backward = Callable[..., Any]
+
+
+class PassRunner:
+    """Runs passes on a model.
+
+    Attributes:
+        model: What is called in a forward, wrappers included.
+        losses: By loss, the sum over its items in this step so far, and their number.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: nn.Module,
+        plans: Mapping[str, ForwardPlan],
+        board: Switchboard,
+        slots: Slots,
+        several_slots: bool,
+    ) -> None:
+        self.model, self.base, self.plans, self.board = model, base, plans, board
+        self.slots, self.several_slots = slots, several_slots
+        self.losses: dict[str, tuple[Tensor, Any]] = {}
+
+    def run(
+        self, p: Pass, share: PassBatch, passes: int, num_items: NumItems | None, backward: Backward | None
+    ) -> dict[str, Tensor]:
+        """Run a pass on its share of a batch; returns detached fp32 losses."""
+        refs = self._references(p, share)
+        parameters = dict(self.base.named_parameters())
+        out: dict[str, Tensor] = {}
+        run = run_of(share.columns, passes, share.inputs)
+        switched = self.board.on(self.plans[p.name], run) if p.under else nullcontext()
+        with switched:
+            if self.several_slots:
+                sync_every_backward(self.base)
+            with several_backwards(self.model) if len(p.losses) > 1 else nullcontext():
+                outputs = self.model(**share.inputs)
+            self.board.check_called(self.model)
+            losses = {name: loss(outputs, share.batch, refs) for name, loss in p.losses.items()}
+            for name, loss in losses.items():
+                require_finite(name, loss)
+            for k, (name, loss) in enumerate(losses.items()):
+                factor: Any = p.weight * share.share
+                items: Any = 1.0
+                if num_items is not None:
+                    items = items_of(p.losses[name], share, self.base).to(loss.device)
+                    factor = p.weight * per_item(items, num_items, name)
+                scaled = loss if isinstance(factor, float) and factor == 1.0 else loss * factor
+                more = {"retain_graph": True} if k + 1 < len(losses) else {}
+                with self.slots.installed(p.slot(name), parameters):
+                    (backward or Tensor.backward)(scaled, **more)
+                    if k:
+                        reduce_again(self.model, parameters.values())
+                out[name] = loss.detach().float() * share.share
+                self._record(name, out[name], items)
+        return out
+
+    def _record(self, name: str, loss: Tensor, items: Any) -> None:
+        """Mean over the window's items, for the metrics."""
+        total, count = self.losses.get(name, (torch.zeros_like(loss), 0.0))
+        self.losses[name] = (total + loss * items, count + items)
+
+    def _references(self, p: Pass, share: PassBatch) -> dict[str, Any]:
+        if not p.refs:
+            return {}
+        modes = {module: module.training for module in self.base.modules()}
+        self.base.eval()
+        try:
+            with torch.no_grad():
+                return {name: reference(self.model, share.inputs) for name, reference in p.refs.items()}
+        finally:
+            for module, training in modes.items():  # train() would wake modules that are in eval by themselves
+                module.training = training
+
+
+def run_of(columns: Mapping[str, Tensor], passes: int, batch: Mapping[str, Any]) -> Run:
+    """What hooks need to know about a pass over a batch; its ``(batch, tokens)`` where one length is all it has."""
+    given = [batch.get(key) for key in ("input_ids", "inputs_embeds", "decoder_input_ids", "labels")]
+    shapes = {(x.shape[0], x.shape[1]) for x in given if isinstance(x, Tensor) and x.dim() > 1}
+    return Run(columns, passes, shape=shapes.pop() if len(shapes) == 1 else None)
+
+
+def require_finite(name: str, loss: Tensor) -> None:
+    """Refuse a loss that is nan or inf before its backward spoils the gradient (on the CPU: it would synchronise)."""
+    if loss.device.type == "cpu" and not torch.isfinite(loss).all():
+        raise BatchError(
+            f"the loss of {name!r} is {loss.item()}: the batch holds nan or inf, or training has diverged."
+        )
