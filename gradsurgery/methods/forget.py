@@ -21,7 +21,8 @@ def forget_units(
         anatomy: Anatomy of the model.
         heads: Heads a layer.
         neurons: Neurons a group (in a mixture of experts: of every expert).
-        percent: Instead of both numbers: share of each group's units in percent, rounded down, at least one of each.
+        percent: Instead of both numbers: share of each group's units, and so of its parameters, in percent; rounded
+            down, at least one unit.
         layers: Absolute layer numbers; ``None`` for all.
 
     Raises:

@@ -102,3 +102,5 @@ class RunFolder:
         if self.main:
             write_json(self / "results.json", {**self.results(), name: result})
             shutil.rmtree(self / "checkpoints" / name, ignore_errors=True)
+            with contextlib.suppress(OSError):  # gone with its last model
+                (self / "checkpoints").rmdir()
