@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.errors import AnatomyError
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -26,7 +28,13 @@ _HOOKS = (
 
 def replica(model: nn.Module, seed: int = 0) -> nn.Module:
     """Return a copy of ``model`` on the CPU: float64, eval mode, no hooks, eager kernels, every weight randomised."""
-    twin = copy.deepcopy(model)
+    try:
+        twin = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise AnatomyError(
+            f"{type(model).__name__} keeps tensors of an earlier forward and cannot be copied; dissect it before its "
+            f"first forward ({error})."
+        ) from error
     return prepare(twin, seed)
 
 
