@@ -16,7 +16,7 @@ import gradsurgery as gs
 from gradsurgery.errors import ArtefactError, BatchError, PlanError
 from gradsurgery.surgery import SurgeryTrainer
 from tests.surgery.test_attach import traces
-from tests.surgery.tiny import anatomy, batch, build, cut, gap, sgtm, weights
+from tests.surgery.tiny import anatomy, batch, build, checkpointing, cut, gap, sgtm, weights
 
 pytest.importorskip("accelerate")
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -296,7 +296,7 @@ def test_streams_and_several_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"bf16": True}, {"activation_checkpointing": True}, {"optim": "adafactor"}, {"optim": "adamw_torch_fused"}]
+    "more", [{"bf16": True}, {checkpointing(): True}, {"optim": "adafactor"}, {"optim": "adamw_torch_fused"}]
 )
 def test_engines_of_the_trainer(tmp_path: Path, more: dict[str, Any]) -> None:
     model = build()

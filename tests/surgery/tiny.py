@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -109,3 +110,9 @@ def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Largest difference of an entry."""
     assert a.keys() == b.keys()
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def checkpointing() -> str:
+    """The Trainer's argument for activation checkpointing, by the name that this release has."""
+    names = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
