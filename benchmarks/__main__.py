@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument(
         "--pairs", type=int, default=25, help="counted runs of each candidate, each between two stock steps"
     )
-    parser.add_argument("--only", default="", help="run the rows whose name contains this")
+    parser.add_argument("--only", default="", help="run the rows whose name matches this regular expression")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's default)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
@@ -39,7 +40,7 @@ def main() -> None:
     }
     dissection = dissect_70b()  # first: the peak memory is the process's own
     stock, rows = candidates(options.device)
-    rows = {name: row for name, row in rows.items() if options.only in name}
+    rows = {name: row for name, row in rows.items() if re.search(options.only, name)}
     ratios, seconds = interleaved(stock, rows, options.pairs)
     lines = []
     for name, ratio in ratios.items():

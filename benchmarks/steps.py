@@ -40,7 +40,11 @@ def candidates(device: str) -> tuple[Callable[[], None], dict[str, Callable[[], 
         "mixed batch": ([1, 1, 0, 0], [0, 0, 1, 1]),
         "alternating rows": ([1, 0, 1, 0], [0, 1, 0, 1]),
     }
-    out: dict[str, Callable[[], None]] = {"stock against itself": stock_step(device)}
+    out: dict[str, Callable[[], None]] = {
+        "stock against itself": stock_step(device),
+        "stock without a key-value cache": stock_step(device, use_cache=False),
+        "surgery without transforms": surgical_step(device, lambda anatomy: gs.methods.plain(), {}),
+    }
     for where in ("last units", "scattered units"):
         for name, (is_forget, is_retain) in labels.items():
             columns = {"forget": torch.tensor(is_forget).bool(), "retain": torch.tensor(is_retain).bool()}
@@ -50,11 +54,12 @@ def candidates(device: str) -> tuple[Callable[[], None], dict[str, Callable[[], 
     return stock_step(device), out
 
 
-def stock_step(device: str) -> Callable[[], None]:
+def stock_step(device: str, **options: bool) -> Callable[[], None]:
+    """What a user writes; ``options`` go to the model's forward."""
     model, optimizer, ids = build(device)
 
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=ids, **options).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
