@@ -64,6 +64,11 @@ class Anatomy:
         """Routed experts with their router rows."""
         return self._all("expert", "experts")
 
+    @property
+    def latents(self) -> Units:
+        """Inner dimensions of low-rank products: ranks of adapters, compressed keys, values and queries."""
+        return self._all("latent", "latents")
+
     def _all(self, kind: str, text: str, grain: str = "") -> Units:
         chosen = {g: all_bits(len(group)) for g, group in enumerate(self.groups) if group.kind == kind}
         return Units(self, chosen, grain or kind, None, text)

@@ -58,7 +58,7 @@ class UnitGroup:
     """Units of one kind in one place of one layer.
 
     Attributes:
-        kind: ``"head"``, ``"kv_group"``, ``"neuron"``, ``"expert"``.
+        kind: ``"head"``, ``"kv_group"``, ``"neuron"``, ``"expert"``, ``"latent"``.
         name: Path of the module that owns the group, for narrowing by name.
         layer: Absolute layer number.
         footprints: Everything that belongs to a unit, producers first, consumers included.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gradsurgery.anatomy.units import Units
 
 Index = int | slice | Sequence[int] | np.ndarray | torch.Tensor
-PLURALS = {"head": "heads", "kv_group": "kv_groups", "neuron": "neurons", "expert": "experts"}
+PLURALS = {"head": "heads", "kv_group": "kv_groups", "neuron": "neurons", "expert": "experts", "latent": "latents"}
 
 
 def layers_of(index: Index, units: Units) -> set[int]:

@@ -33,7 +33,7 @@ class Units(Region):
     Args:
         anatomy: The anatomy the units are of.
         chosen: Bit set of units by position of their group in ``anatomy.groups``.
-        grain: What ``[layers, units]`` counts: ``"head"``, ``"kv_group"``, ``"neuron"`` or ``"expert"``.
+        grain: What ``[layers, units]`` counts: ``"head"``, ``"kv_group"``, ``"neuron"``, ``"expert"`` or ``"latent"``.
         riders: Parameters that ride along (the output biases of ``Anatomy.rest``).
         text: Short form for configs and artefacts.
     """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from .coupling import Lines, Reach, block_of, gradients, lines_into, reach_of
 from .draft import Draft, Findings
 from .group import Cluster, claimed, clusters_of, drafts_of
+from .linearity import is_linear
 from .node import Node, cotangent
 from .trace import Trace
 
@@ -71,8 +72,11 @@ def couple(seen: Survey, block: str, nodes: list[Node], biases: dict[str, tuple[
         drafts = drafts_of(cluster, block, biases, weights, elsewhere)
         if not drafts:
             continue
+        if drafts[0].kind == "neuron" and all(is_linear(node.tensor) for node in cluster.nodes):
+            drafts = [replace(draft, kind="latent") for draft in drafts]
         if not any(_writes_out(seen, read.name) for node in cluster.nodes for read in node.reads):
             found.structural.update((name, "latent") for name in _local(cluster) if name in private)
+            found.drafts.extend(drafts)
             continue
         if drafts[0].kind == "neuron" and any(_foreign(seen, node, block) for node in cluster.nodes):
             found.structural.update((name, "joined with other inputs") for name in _local(cluster) if name in private)

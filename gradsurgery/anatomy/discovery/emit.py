@@ -8,7 +8,7 @@ from ..groups import Footprint, UnitGroup
 from .draft import Draft
 from .experts import common_module
 
-_ORDER = {"head": 0, "kv_group": 1, "neuron": 2, "expert": 3}
+_ORDER = {"head": 0, "kv_group": 1, "neuron": 2, "expert": 3, "latent": 4}
 
 
 def groups_from(drafts: list[Draft], model: nn.Module) -> tuple[UnitGroup, ...]:

@@ -17,7 +17,7 @@ def judged(drafts: list[Draft], judge: Judge) -> list[Draft]:
     sound = [d for d in drafts if disjoint(d)]
     guessed = [replace(d, classes=d.parent_units or (0,) * d.count) for d in sound]
     accepted: dict[int, Draft] = {}
-    for kinds in (("kv_group",), ("head", "neuron")):
+    for kinds in (("kv_group",), ("head", "neuron", "latent")):
         chosen = [i for i, d in enumerate(guessed) if d.kind in kinds]
         passed = judge.exchange([guessed[i] for i in chosen])
         closed = judge.closed([guessed[i] for i in chosen])
@@ -27,7 +27,7 @@ def judged(drafts: list[Draft], judge: Judge) -> list[Draft]:
                 if not shut:
                     continue
                 classes = judge.classes(draft)
-                if draft.kind == "neuron" and len(set(classes)) == draft.count:
+                if draft.kind in ("neuron", "latent") and len(set(classes)) == draft.count:
                     continue
                 draft = replace(draft, classes=classes)
             if judge.heard(draft):
