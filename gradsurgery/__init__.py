@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gradsurgery import errors, losses, methods
-from gradsurgery.anatomy import Anatomy, Region, UnitGroup, Units, region
+from gradsurgery.anatomy import Anatomy, Layout, Region, UnitGroup, Units, region
 from gradsurgery.anatomy.dissect import dissect
 from gradsurgery.surgery import Method, Pass, Surgery, attach, every, sample_one
 from gradsurgery.transforms import ablate_, applied, clip, detach, freeze, mask, prune_, scale, zero
@@ -40,6 +40,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "Anatomy",
+    "Layout",
     "Method",
     "Pass",
     "Region",

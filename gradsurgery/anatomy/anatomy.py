@@ -15,6 +15,7 @@ from gradsurgery.anatomy.entries import Entries, all_bits, bits_of
 from gradsurgery.anatomy.expression import parse_selection
 from gradsurgery.anatomy.groups import UnitGroup
 from gradsurgery.anatomy.indexing import PLURALS
+from gradsurgery.anatomy.quantised import Quantised, permutable
 from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.select import select_names
 from gradsurgery.anatomy.space import ParameterSpace, require_same_space
@@ -155,6 +156,19 @@ class Anatomy:
             )
 
     @property
+    def quantised(self) -> dict[str, Quantised]:
+        """How the quantised parameters of the model are stored, by name; empty where none are."""
+        return self.space.quantised
+
+    def permutable(self, group: UnitGroup) -> tuple[int, ...]:
+        """One int per unit of a group: equal means that the two can be swapped in the weights as they are stored.
+
+        ``group.exchange_classes``, cut finer where weights are quantised: rows take their scales along, columns can be
+        swapped inside one quantisation block, and units that fill whole blocks with each other.
+        """
+        return permutable(group, self.quantised)
+
+    @property
     def fingerprint(self) -> str:
         return self.space.fingerprint
 
@@ -202,8 +216,13 @@ class Anatomy:
         widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         head = f"{self.space.model}: {self.space.numel():,} parameters, fingerprint {self.fingerprint}"
-        tail = [f"structural: {', '.join(f'{why} {n}' for why, n in Counter(self.structural.values()).items())}"]
-        return "\n".join([head, *lines, *(tail if self.structural else [])])
+        tail = []
+        if self.structural:
+            tail.append(
+                f"structural: {', '.join(f'{why} {n}' for why, n in Counter(self.structural.values()).items())}"
+            )
+        tail.extend(f"quantised: {n} as {how}" for how, n in Counter(map(str, self.quantised.values())).items())
+        return "\n".join([head, *lines, *tail])
 
     def __repr__(self) -> str:
         kinds = Counter(group.kind for group in self.groups)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import AnatomyError
 from .discovery.blocks import Survey, survey
+from .discovery.declared import Declared, declare
 from .discovery.draft import Draft
 from .discovery.emit import groups_from
 from .discovery.experts import expert_drafts
@@ -31,6 +32,7 @@ from .discovery.verdict import judged
 from .discovery.verify import Judge
 from .discovery.wide import Wide
 from .groups import UnitGroup
+from .layouts import Layout
 
 log = logging.getLogger("gradsurgery")
 LARGEST_COPY = 300_000_000
@@ -52,20 +54,26 @@ class Discovery:
     seconds: float
 
 
-def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None, structural: Sequence[str] = ()) -> Discovery:
+def discover(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None = None,
+    structural: Sequence[str] = (),
+    layouts: Sequence[Layout] = (),
+) -> Discovery:
     """Find the attention heads, KV groups, neurons, experts and SSM heads of ``model``, which is not touched.
 
     Args:
         model: Any module; Hugging Face models need no ``inputs``.
         inputs: Keyword arguments of one forward, for models whose inputs cannot be guessed.
         structural: Parameters or modules that may stay without units though nothing explains them; globs.
+        layouts: Declared units, verified like all others; they replace what they overlap.
 
     Raises:
-        AnatomyError: A part of the model is neither units nor known structure.
+        AnatomyError: A part of the model is neither units nor known structure, or a declaration fails.
     """
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        groups, why = _examined(model, inputs, structural)
+        groups, why = _examined(model, inputs, structural, layouts)
     if not groups:
         raise AnatomyError(
             f"{type(model).__name__} shows no units: no weights that are written and read by units of their own. "
@@ -75,55 +83,66 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None, structur
 
 
 def _examined(
-    model: nn.Module, inputs: Mapping[str, Any] | None, structural: Sequence[str]
+    model: nn.Module, inputs: Mapping[str, Any] | None, structural: Sequence[str], layouts: Sequence[Layout]
 ) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
     if needs_twin(model):
         try:
-            return _by_twin(model, structural)
+            return _by_twin(model, structural, layouts)
         except AnatomyError as error:
             if any(p.is_meta for p in model.parameters()) or sum(p.numel() for p in model.parameters()) > LARGEST_COPY:
                 raise
             log.info("no tiny twin (%s); examining a copy of the model itself", error)
-    return _direct(model, inputs, structural)
+    return _direct(model, inputs, structural, layouts)
 
 
 def _direct(
-    model: nn.Module, inputs: Mapping[str, Any] | None, structural: Sequence[str] = ()
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None,
+    structural: Sequence[str] = (),
+    layouts: Sequence[Layout] = (),
 ) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
     copy = replica(model)
-    seen, fed = traced(copy, inputs)
-    drafts = verified(copy, seen, fed)
+    _, seen, found, declared = _probed(copy, inputs, layouts)
+    drafts = [*declared.spared(found), *declared.drafts]
     return groups_from(drafts, copy), structural_of(copy, seen, drafts, structural)
 
 
-def _by_twin(model: nn.Module, structural: Sequence[str] = ()) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
+def _by_twin(
+    model: nn.Module, structural: Sequence[str] = (), layouts: Sequence[Layout] = ()
+) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
     """Probe tiny twins, and carry what they show over to the shapes of ``model``.
 
     A second twin of other sizes checks that the first one's layout scales; where it does not, a third one keeps every
     head.
     """
-    first, second = _probed(twin_of(model, 0)), _probed(twin_of(model, 1))
-    source = second if _scales(first, second) else _probed(twin_of(model, 2))
-    twin, seen, drafts = source
-    transfer = Transfer(twin, model, drafts)
-    real = transfer.carried()
-    return groups_from(real, model), structural_like(
-        model, structural_of(twin, seen, drafts, structural), transfer.sources, real
-    )
+    first, second = (_probed(twin_of(model, step), None, layouts, twin=True) for step in (0, 1))
+    source = second if _scales(first, second) else _probed(twin_of(model, 2), None, layouts, twin=True)
+    twin, seen, drafts, declared = source
+    transfer = Transfer(twin, model, drafts, seen.inner)
+    carried = transfer.carried()
+    wanted = declared.like(model, transfer.sources)
+    real = [*wanted.spared(carried), *wanted.drafts]
+    explained = structural_of(twin, seen, [*drafts, *declared.drafts], structural)
+    return groups_from(real, model), structural_like(model, explained, transfer.sources, real, transfer.blocks)
 
 
-_Probed = tuple[nn.Module, Survey, list[Draft]]
+_Probed = tuple[nn.Module, Survey, list[Draft], Declared]
 
 
-def _probed(copy: nn.Module) -> _Probed:
-    seen, fed = traced(copy, None)
-    return copy, seen, verified(copy, seen, fed)
+def _probed(
+    copy: nn.Module, inputs: Mapping[str, Any] | None, layouts: Sequence[Layout], twin: bool = False
+) -> _Probed:
+    """What a replica or a twin shows, without what declarations replace; experts stay, for they count neuron groups."""
+    seen, fed = traced(copy, inputs)
+    declared = declare(layouts, copy, lambda: tensors_of(copy(**fed)), twin)
+    declared.explain(seen)
+    return copy, seen, declared.spared(verified(copy, seen, fed), experts=False), declared
 
 
 def _scales(small: _Probed, large: _Probed) -> bool:
     """Whether the first twin's findings, carried over, are the second's."""
     try:
-        return agree(Transfer(small[0], large[0], small[2]).carried(), large[2])
+        return agree(Transfer(small[0], large[0], small[2], small[1].inner).carried(), large[2])
     except AnatomyError:
         return False
 
@@ -137,6 +156,8 @@ def traced(copy: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[Survey, d
         with fresh:
             fresh_outputs = tensors_of(copy(**fed))
         if unread and fresh.unread() >= unread:
+            if fresh.updates.known:  # weights are made in the forward, so this one cut off the trace before it
+                trace, outputs, used = fresh, fresh_outputs, fed
             break
         trace, outputs, unread, used = fresh, fresh_outputs, fresh.unread(), fed
         if inputs is not None or (unread == 0 and (batch > 2 or not fresh.stacked())):
@@ -147,14 +168,17 @@ def traced(copy: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[Survey, d
 def verified(copy: nn.Module, seen: Survey, fed: dict[str, Any]) -> list[Draft]:
     """The drafts that survive their swap tests, experts included."""
 
-    def run(scatter: bool) -> list[Tensor]:
-        with Wide(scatter):
+    def run() -> list[Tensor]:
+        copy.train().eval()  # some models keep tables made from their weights while in eval mode
+        with Wide(scatter=True):
             return tensors_of(copy(**fed))
 
     tensors = {name: tensor for name, tensor, _ in learned(copy)}
     buffers = {name for name, _, is_buffer in learned(copy) if is_buffer}
-    drafts = judged(seen.drafts, Judge(lambda: run(scatter=True), tensors))
-    experts = expert_drafts(drafts, tensors, buffers, Judge(lambda: run(scatter=False), tensors))
+    judge = Judge(run, tensors)
+    seen.silent = judge.silent()
+    drafts = judged(seen.drafts, judge)
+    experts = expert_drafts(drafts, tensors, buffers, judge)  # numbers the drafts of their neurons
     return [*drafts, *experts]
 
 

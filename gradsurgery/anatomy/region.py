@@ -139,9 +139,9 @@ def bracketed(text: str) -> str:
 
 
 def _join(left: str, symbol: str, right: str) -> str:
-    """Text of ``left symbol right``; anything but a chain of unions is put in brackets."""
+    """Text of ``left symbol right``; anything but a chain of unions from the left is put in brackets."""
     if not left or not right:
         return ""
     if symbol == "|" and not any(s in left + right for s in (" & ", " - ")):
-        return f"{left} | {right}"
+        return f"{left} | ({right})" if " | " in right else f"{left} | {right}"
     return f"({left}) {symbol} ({right})"

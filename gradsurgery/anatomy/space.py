@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from gradsurgery.errors import SelectionError
+from gradsurgery.anatomy.quantised import Quantised, quantised, shape_of
+from gradsurgery.errors import PlanError, SelectionError
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -37,12 +39,15 @@ class ParameterSpace:
         shapes: Shape by canonical name: the first of a tied weight's names, in ``named_parameters()`` order.
         aliases: Canonical name by every other name of a tied weight.
         layout: The configuration's numbers of heads, groups and experts: what shapes alone do not show.
+        quantised: How packed weights are stored, by name. Shapes are those before packing, so a quantised model has the
+            fingerprint of the model that it was made from.
     """
 
     model: str
     shapes: dict[str, tuple[int, ...]]
     aliases: dict[str, str]
     layout: dict[str, int] = field(default_factory=dict)
+    quantised: dict[str, Quantised] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> ParameterSpace:
@@ -50,13 +55,16 @@ class ParameterSpace:
         first: dict[int, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         aliases: dict[str, str] = {}
+        stored: dict[str, Quantised] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in first:
                 aliases[name] = first[id(parameter)]
             else:
                 first[id(parameter)] = name
-                shapes[name] = tuple(parameter.shape)
-        return cls(own_class(model).__name__, shapes, aliases, layout_of(getattr(model, "config", None)))
+                shapes[name] = shape_of(parameter)
+                if (how := quantised(parameter)) is not None:
+                    stored[name] = how
+        return cls(own_class(model).__name__, shapes, aliases, layout_of(getattr(model, "config", None)), stored)
 
     def canonical(self, name: str) -> str:
         """The canonical name of a parameter; raises ``SelectionError`` for names the model does not have."""
@@ -104,6 +112,20 @@ def layout_of(config: object, prefix: str = "") -> dict[str, int]:
         elif type(value).__name__.endswith("Config"):
             found |= layout_of(value, f"{prefix}{name}.")
     return found
+
+
+def require_unpacked(space: ParameterSpace, names: Iterable[str], what: str) -> None:
+    """Refuse to write into quantised weights.
+
+    Raises:
+        PlanError: one of the parameters is quantised.
+    """
+    for name in names:
+        if (how := space.quantised.get(space.canonical(name))) is not None:
+            raise PlanError(
+                f"{what}: {name} is quantised ({how.scheme}), and parts of packed weights cannot be written. Do it "
+                "before quantising, or after model.dequantize()."
+            )
 
 
 def require_same_space(made_for: ParameterSpace, model: ParameterSpace, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from gradsurgery.anatomy.groups import Footprint, UnitGroup
+from gradsurgery.anatomy.quantised import Quantised
 from gradsurgery.anatomy.space import ParameterSpace
 from gradsurgery.errors import ArtefactError
 from gradsurgery.files import read_json, write_json
@@ -70,7 +72,8 @@ def _unpack(packed: dict[str, Any] | list[list[int]]) -> np.ndarray:
 
 def save_anatomy(anatomy: Anatomy, path: Path) -> None:
     header = {"format": FORMAT, "gradsurgery": __version__, "seconds": anatomy.seconds}
-    write_json(path, {**header, **describe(anatomy)})
+    stored = {name: asdict(how) for name, how in anatomy.quantised.items()}
+    write_json(path, {**header, **describe(anatomy), **({"quantised": stored} if stored else {})})
 
 
 def load_anatomy(path: Path, model: object = None) -> tuple[ParameterSpace, list[UnitGroup], dict[str, str], float]:
@@ -80,7 +83,7 @@ def load_anatomy(path: Path, model: object = None) -> tuple[ParameterSpace, list
         raise ArtefactError(f"{path} is no anatomy of format {FORMAT}. Dissect the model again and save it.")
     try:
         shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
-        space = ParameterSpace(data["model"], shapes, data["aliases"], data["layout"])
+        space = ParameterSpace(data["model"], shapes, data["aliases"], data["layout"], _quantised(data))
         structural = data["structural"]
         _require(isinstance(space.model, str), "the model has no name")
         _require(_is_texts(space.aliases) and set(space.aliases.values()) <= set(shapes), "aliases name no parameter")
@@ -92,7 +95,17 @@ def load_anatomy(path: Path, model: object = None) -> tuple[ParameterSpace, list
         raise ArtefactError(f"{path} is damaged: {json.dumps(str(error))}. Dissect the model again.") from error
     if isinstance(model, nn.Module) and (gap := space.difference(ParameterSpace.of(model))):
         raise ArtefactError(f"{path} fits another model: {gap}. Dissect this model again.")
+    if isinstance(model, nn.Module):
+        space = ParameterSpace.of(model)  # which knows how this very model is stored
     return space, groups, structural, data.get("seconds", 0.0)
+
+
+def _quantised(data: dict[str, Any]) -> dict[str, Quantised]:
+    found = {}
+    for name, how in data.get("quantised", {}).items():
+        block = tuple(map(int, how["block"])) if how["block"] is not None else None
+        found[name] = Quantised(str(how["scheme"]), tuple(map(int, how["shape"])), block)
+    return found
 
 
 def _require(holds: bool, otherwise: str) -> None:

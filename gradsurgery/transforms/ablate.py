@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradsurgery.anatomy.entries import Entries
 from gradsurgery.anatomy.region import Region
-from gradsurgery.anatomy.space import ParameterSpace, require_same_space, unwrap
+from gradsurgery.anatomy.space import ParameterSpace, require_same_space, require_unpacked, unwrap
 from gradsurgery.anatomy.units import Units, require_units
 from gradsurgery.errors import PlanError
 from gradsurgery.tensors import Box, Indices, fill_, gather, is_sharded, local_part, put_, sum_over_shards
@@ -42,7 +42,7 @@ def ablate_(model: nn.Module, units: Units, reinit: Reinit = "zero", generator: 
 
     Raises:
         SelectionError: a plain region, no units, or units of another model.
-        PlanError: an unknown ``reinit``, or a tensor that is not floating point.
+        PlanError: an unknown ``reinit``, or a tensor that is quantised or not floating point.
 
     Example:
         >>> gs.ablate_(model, anatomy.neurons[:, -16:])
@@ -51,9 +51,11 @@ def ablate_(model: nn.Module, units: Units, reinit: Reinit = "zero", generator: 
         raise PlanError(f'ablate_ takes reinit="zero" or "normal", not {reinit!r}.')
     units = require_units(units, "ablate_")
     model = unwrap(model)
-    require_same_space(units.space, ParameterSpace.of(model), f"ablate_: {units.text or 'the selection'}")
+    space = ParameterSpace.of(model)
+    require_same_space(units.space, space, f"ablate_: {units.text or 'the selection'}")
     parameters = dict(model.named_parameters())
     region = removed_by(units)
+    require_unpacked(space, region.entries, "ablate_")
     for name in region.entries:
         if not parameters[name].is_floating_point():
             raise PlanError(

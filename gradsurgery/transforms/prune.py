@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradsurgery.anatomy.discovery.inputs import dummy_inputs
 from gradsurgery.anatomy.entries import Entries
 from gradsurgery.anatomy.region import Region
-from gradsurgery.anatomy.space import ParameterSpace, require_same_space, unwrap
+from gradsurgery.anatomy.space import ParameterSpace, require_same_space, require_unpacked, unwrap
 from gradsurgery.anatomy.units import Units, require_units
 from gradsurgery.errors import AnatomyError, PlanError
 from gradsurgery.tensors import fill_, gather, is_sharded, put_
@@ -43,7 +43,7 @@ def prune_(model: nn.Module, units: Units, inputs: Mapping[str, Any] | None = No
     Raises:
         SelectionError: a plain region, no units, or units of another model.
         PlanError: the config cannot express it: uneven removal, sizes that the class derives from others, units that
-            are not closed. The model is as it was.
+            are not closed, quantised weights. The model is as it was.
 
     Example:
         >>> gs.prune_(model, anatomy.neurons[:, -16:])
@@ -55,6 +55,7 @@ def prune_(model: nn.Module, units: Units, inputs: Mapping[str, Any] | None = No
     space = ParameterSpace.of(model)
     require_same_space(units.space, space, f"prune_: {units.text or 'the selection'}")
     _check_prunable(model, units)
+    require_unpacked(space, units.entries, "prune_")
     removed = Region(space, Units(units.anatomy, units.chosen).entries)
     kept = {name: ~part for name, part in removed.entries.items()}
     target = _target(model, space, kept)

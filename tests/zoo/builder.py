@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from gradsurgery.anatomy.discovery.inputs import dummy_inputs
+from tests.zoo.configs import config_of
 
 TEXT = {"vocab_size": 97, "num_hidden_layers": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 HF = {**TEXT, "hidden_size": 40, "intermediate_size": 52, "num_attention_heads": 4}
@@ -82,6 +89,16 @@ ZOO: dict[str, tuple[str, str, dict]] = {
 }
 
 
+#: Architectures of the mappings that cannot be built here, and why.
+NOT_BUILT = {
+    "dinat": "needs the package natten",
+    "gemma3n": "its vision tower needs the package timm; gemma3n_text is built",
+    "gemma4_assistant": "every layer reads keys and values of another model, and such a config raises in transformers",
+    "gemma4_unified_assistant": "as gemma4_assistant",
+    "timm_wrapper": "needs the package timm",
+}
+
+
 def build(name: str, seed: int = 0) -> nn.Module:
     """The tiny model ``name`` of the zoo, in eval mode, its weights far from default initialisation."""
     import transformers
@@ -97,29 +114,95 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 
 def build_any(kind: str, auto: str = "AutoModelForCausalLM", seed: int = 0) -> nn.Module:
-    """Any architecture of ``transformers``, from a shrunken default config."""
+    """Any architecture of ``transformers``, tiny; each of the first seeds has a shape of its own.
+
+    Example:
+        >>> build_any("qwen3", seed=2).config.num_key_value_heads
+        1
+    """
     import transformers
 
-    from gradsurgery.anatomy.discovery.shrink import shrunken
-
+    table = getattr(transformers, auto)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, auto).from_config(shrunken(transformers.CONFIG_MAPPING[kind]()))
+        config = config_of(kind, seed, causal="CausalLM" in auto)
+        config.architectures = []  # where the mapping holds several classes, the first
+        config._attn_implementation = "eager"
+        wanted = getattr(table._model_mapping[type(config)], "config_class", None)
+        parts = [part for part in vars(config).values() if wanted is not None and type(part) is wanted]
+        model = table.from_config(config) if not parts else table._model_mapping[type(config)]._from_config(parts[0])
     model.config._experts_implementation = "eager"
     return randomised(model, seed)
+
+
+def runnable(kind: str, auto: str, seed: int = 0) -> tuple[nn.Module, Callable[[nn.Module], Tensor], float]:
+    """The model of :func:`build_any`, a function that runs it, and the tolerance of comparisons between its outputs.
+
+    In float64, or in float32 where the stock forward mixes the two.
+    """
+    failure: Exception = ValueError(f"{kind}: the outputs are not finite.")
+    for dtype, tolerance in ((torch.float64, 2e-5), (torch.float32, 5e-4)):
+        model = build_any(kind, auto, seed).to(dtype)
+        run = outputs_of(model)
+        try:
+            with torch.no_grad():
+                outputs = run(model)
+            if torch.isfinite(outputs).all():
+                return model, run, tolerance
+        except RuntimeError as error:
+            failure = error if dtype is torch.float64 else failure
+    raise failure
 
 
 @torch.no_grad()
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     """Move every parameter and learned buffer, so that no bias is zero, no norm is one and no two units are alike."""
     generator = torch.Generator().manual_seed(seed + 1)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.add_(noise * (0.6 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2))
+    seen: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            noise = torch.randn(parameter.shape, generator=generator)
+            dims = parameter.shape[1:] if isinstance(module, _ConvNd) else parameter.shape[-1:]
+            parameter.add_(noise * (0.6 / dims.numel() ** 0.5 if parameter.ndim > 1 else 0.2))
+        table = getattr(module, "tid2eid", None)
+        if isinstance(table, Tensor):  # experts by token, which only a checkpoint fills
+            experts = len(next(module.parameters()))
+            table.copy_(torch.rand(len(table), experts, generator=generator).argsort(-1)[:, : table.shape[1]])
     for module in model.modules():
         if isinstance(module, nn.Embedding):  # tokens differ, so that every expert is chosen by some
             module.weight.normal_(generator=generator)
     for name, buffer in model.named_buffers():
         if "bias" in name and buffer.is_floating_point() and buffer.ndim == 1:
             buffer += 0.1 * torch.rand(buffer.shape, generator=generator)
-    return model.eval()
+    _settle(model.eval(), generator)
+    return model
+
+
+def _settle(model: nn.Module, generator: torch.Generator) -> None:
+    """Batch norms with the statistics of what reaches them: without, deep convolutional nets fade to nothing."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None
+    model(**dummy_inputs(model, batch=8, seed=3))
+    for norm in norms:
+        mean, variance = norm.eval().running_mean, norm.running_var
+        assert mean is not None and variance is not None
+        mean.add_(0.1 * torch.randn(mean.shape, generator=generator))
+        variance.mul_(0.7 + 0.6 * torch.rand(mean.shape, generator=generator)).add_(0.01)
+
+
+def outputs_of(model: nn.Module) -> Callable[[nn.Module], Tensor]:
+    """A function from the model to its first floating output, on inputs that discovery does not use."""
+    fed = dummy_inputs(model, batch=3, length=11, seed=5)
+
+    def run(m: nn.Module) -> Tensor:
+        m.train().eval()  # some modules keep what they computed from their parameters while in eval mode
+        return next(v for v in m(**fed).values() if isinstance(v, torch.Tensor) and v.is_floating_point())
+
+    return run

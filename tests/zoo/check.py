@@ -25,7 +25,8 @@ class Checker:
 
     def __init__(self, model: nn.Module, outputs: Callable[[nn.Module], Tensor], tolerance: float) -> None:
         self.model, self.outputs, self.tolerance = model, outputs, tolerance
-        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.buffers = dict(model.named_buffers())
+        self.tensors = dict(model.named_parameters()) | self.buffers
         self.base = self.run()
 
     @torch.no_grad()
@@ -55,6 +56,8 @@ class Checker:
         for name, index in unit:
             view, here = self.view(name, index)
             values = torch.zeros_like(view[here]) if noise is None else torch.randn(view[here].shape, generator=noise)
+            if name in self.buffers:  # some are variances
+                values = view[here] + values.abs()
             view[here] = values.to(view.dtype)
 
     def reaches(self, group: UnitGroup) -> bool:
@@ -104,7 +107,8 @@ def check_group(checker: Checker, group: UnitGroup, pairs: int = 2) -> list[str]
             return checker.change()
 
         heard = checker.restored(alone) > checker.tolerance
-        if not heard and ".experts." in group.name:  # a clipped pair, or an expert that none of the few tokens chose
+        if not heard and (group.kind == "expert" or ".experts." in group.name):
+            # a clipped pair, or an expert that none of the few tokens chose
             heard = checker.restored(rolled) > checker.tolerance or not checker.reaches(group)
         if not heard:
             wrong.append(f"consumers of {a},{b} are not heard")
@@ -178,7 +182,7 @@ def check_layers(checker: Checker, groups: Sequence[UnitGroup]) -> list[str]:
                 checker.swap(alike[0].units[0], alike[-1].units[0])
                 return checker.change()
 
-            if not checker.restored(across) > checker.tolerance:
+            if not checker.restored(across) > checker.tolerance and all(checker.reaches(g) for g in alike):
                 wrong.append(f"{kind}s of {alike[0].name} and {alike[-1].name} can be swapped")
     return wrong
 

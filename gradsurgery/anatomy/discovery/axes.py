@@ -1,4 +1,4 @@
-"""Patterns of named axes, as in einops, with sums for unequal parts side by side: ``"(group unit d + group d) hidden"``.
+"""Patterns of named axes as in einops, and sums for unequal parts side by side: ``"(group unit d + group d) hidden"``.
 
     dimension := axis | "(" sum ")"      sum := product ("+" product)*      product := (axis | "(" sum ")")+
 
@@ -184,8 +184,8 @@ def solve(places: Sequence[tuple[Parts, int, str]], given: Sizes) -> Sizes:
         if len(open_) == len(left):
             names = sorted(set().union(*(parts.names for parts, _, _ in left)) - sizes.keys())
             raise AnatomyError(
-                f"{left[0][2]}: the sizes of {', '.join(names)} do not follow from {left[0][0]} = {left[0][1]}. Give one "
-                f"of them: sizes={{{names[-1]!r}: …}}, a number or the name of a config field."
+                f"{left[0][2]}: the sizes of {', '.join(names)} do not follow from {left[0][0]} = {left[0][1]}. Give "
+                f"one in sizes={{{names[-1]!r}: …}}, as a number or as the name of a config field."
             )
         left = open_
     return sizes
@@ -193,4 +193,4 @@ def solve(places: Sequence[tuple[Parts, int, str]], given: Sizes) -> Sizes:
 
 def _misfit(parts: Parts, size: int, where: str, sizes: Sizes) -> AnatomyError:
     known = ", ".join(f"{name}={sizes[name]}" for name in sorted(parts.names & sizes.keys()))
-    return AnatomyError(f"{where} has {size} entries, which {parts} does not fit{f' with {known}' if known else ''}.")
+    return AnatomyError(f"{where}: {size} entries do not divide into {parts}{f' with {known}' if known else ''}.")

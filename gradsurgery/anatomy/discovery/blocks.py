@@ -1,4 +1,4 @@
-"""One block after another: couple, cluster, group; blocks of the same make only once."""
+"""One block after another: couple, cluster, group."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from .coupling import Lines, Reach, block_of, gradients, lines_into, reach_of
+from .coupling import Lines, Reach, gradients, lines_into, reach_of
 from .draft import Draft, Findings
 from .group import Cluster, claimed, clusters_of, drafts_of
 from .linearity import is_linear
 from .node import Node, cotangent
+from .partition import Inner, block_of, inner_lists
 from .trace import Trace
 
 
@@ -21,7 +22,11 @@ class Survey:
     trace: Trace
     blocks: dict[str, str]
     reach: Reach
+    inner: Inner = frozenset()
     findings: dict[str, Findings] = field(default_factory=dict)
+    known: dict[tuple, list[Lines]] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
+    """Tensors that no gradient of the output reaches."""
 
     @property
     def drafts(self) -> list[Draft]:
@@ -31,7 +36,12 @@ class Survey:
 def survey(model, trace: Trace, outputs: list[Tensor]) -> Survey:  # type: ignore[no-untyped-def]
     """Couple every block of a traced model."""
     blocks = block_of(model)
-    seen = Survey(trace, blocks, reach_of(trace, outputs, blocks))
+    reach = reach_of(trace, outputs, blocks)
+    inner = inner_lists(trace, reach, blocks)
+    if inner:
+        blocks = block_of(model, inner)
+        reach = reach_of(trace, outputs, blocks)
+    seen = Survey(trace, blocks, reach, inner)
     biases = biases_of(trace)
     readers: dict[str, list[Node]] = {}
     for node in trace.nodes.values():
@@ -39,18 +49,7 @@ def survey(model, trace: Trace, outputs: list[Tensor]) -> Survey:  # type: ignor
             readers.setdefault(block, []).append(node)
     if len(readers) > 1:
         readers.pop("", None)  # stems and classifiers
-    known: dict[tuple, str] = {}
     for block, nodes in readers.items():
-        signature = _signature(block, nodes, trace, blocks)
-        if signature in known:
-            old = known[signature]
-            seen.findings[block] = Findings(
-                [draft.renamed(old, block) for draft in seen.findings[old].drafts],
-                {block + name[len(old) :]: why for name, why in seen.findings[old].structural.items()},
-                {block + name[len(old) :] for name in seen.findings[old].claimed},
-            )
-            continue
-        known[signature] = block
         seen.findings[block] = couple(seen, block, nodes, biases)
     return seen
 
@@ -60,7 +59,7 @@ def couple(seen: Survey, block: str, nodes: list[Node], biases: dict[str, tuple[
     tensors = {name: t for name, t in seen.trace.tensors.items() if seen.blocks[name] == block}
     private = {name: mask for name in tensors if (mask := seen.reach.private(name)) is not None}
     weights = {read.name for node in seen.trace.nodes.values() for read in node.reads}
-    lines = [lines_into(node, tensors, private) for node in nodes]
+    lines = [lines_into(node, block, tensors, private, seen.known) for node in nodes]
     forget_lone_restrictions(lines)
     found = Findings()
     clusters = clusters_of(nodes, lines)
@@ -82,7 +81,9 @@ def couple(seen: Survey, block: str, nodes: list[Node], biases: dict[str, tuple[
             found.structural.update((name, "joined with other inputs") for name in _local(cluster) if name in private)
             continue
         found.drafts.extend(drafts)
-        found.claimed |= claimed(cluster, weights) - elsewhere
+        own, common = claimed(cluster, weights)
+        found.claimed |= own - elsewhere
+        found.common |= common - elsewhere
     return found
 
 
@@ -127,13 +128,3 @@ def _foreign(seen: Survey, node: Node, block: str) -> bool:
 
 def _local(cluster: Cluster) -> set[str]:
     return {line.name for lines in cluster.lines for line in lines if not line.dense.all()}
-
-
-def _signature(block: str, nodes: list[Node], trace: Trace, blocks: dict[str, str]) -> tuple:
-    cut = len(block)
-    tensors = tuple((n[cut:], tuple(t.shape)) for n, t in trace.tensors.items() if blocks[n] == block)
-    reads = tuple(
-        (n.dims, n.columns, tuple((r.name[cut:], r.view.storage_offset(), tuple(r.view.shape)) for r in n.reads))
-        for n in nodes
-    )
-    return tensors, reads

@@ -7,6 +7,8 @@ contiguous and all strided ones, so log-many passes decode neurons, heads and KV
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from torch import Tensor
 from .node import Node, cotangent
 
 _TOLERANCE = 1e-7
+_FAINT = 1e-8
+"""Gradients below this share of their tensor's largest are rounding."""
+_CHUNK = 12
 
 
 def decode(
@@ -27,17 +32,18 @@ def decode(
     samples = [0, count - 1, count // 2, count // 3]
     probes = [_grad(node.tensor, tensors, torch.where(ids == c, z, 0.0 * z)) for c in samples]
     open_: dict[tuple[str, int], np.ndarray] = {}
+    loud: dict[tuple[str, int], np.ndarray] = {}
     for name, tensor in tensors.items():
         for dim in range(tensor.ndim):
             touched = torch.stack([_rows(p[name] * private[name], dim).abs().amax(1) > 0 for p in probes]).all(0)
             alive = _rows(masked[name], dim).abs().amax(1) > 0
             found[name][dim][:, (alive & touched).numpy()] = True  # from end to end and in between: every column
             open_[name, dim] = (alive & ~touched).numpy()
-    for tiles in _tilings(count):
-        if not any(rows.any() for rows in open_.values()):
+            scale = _rows(masked[name], dim).abs().amax(1)
+            loud[name, dim] = (scale >= _FAINT * scale.max()).numpy()
+    for tiles, code, coded in _coded(node.tensor, tensors, z, ids, _tilings(count)):
+        if not any((rows & loud[place]).any() for place, rows in open_.items()):
             break
-        code = torch.from_numpy(1 + np.random.default_rng(tiles.max() + 1).random(tiles.max() + 1))
-        coded = _grad(node.tensor, tensors, z * code[tiles][ids])
         for (name, dim), rows in open_.items():
             left = np.flatnonzero(rows)
             if not len(left):
@@ -52,12 +58,56 @@ def decode(
             found[name][dim][:, hits] = tiles[:, None] == tile[tile >= 0][None]
             rows[hits] = False
     for (name, dim), rows in open_.items():
+        _complete(found[name][dim], rows, rows & ~loud[name, dim])
         if rows.any():
             others = [d for d in range(tensors[name].ndim) if d != dim]
             if not any(_local(found[name][d]) for d in others):
                 return None
             found[name][dim][:, rows] = True  # mixed along this dimension because another one tells units apart
     return found
+
+
+def _coded(
+    x: Tensor, tensors: dict[str, Tensor], z: Tensor, ids: Tensor, tilings: list[np.ndarray]
+) -> Iterator[tuple[np.ndarray, Tensor, dict[str, Tensor]]]:
+    """Every tiling with its code and the gradients that it makes; the first alone, for it explains neurons."""
+    codes = [torch.from_numpy(1 + np.random.default_rng(t.max() + 1).random(t.max() + 1)) for t in tilings]
+    batched = True
+    for start, stop in [(0, 1), *((s, s + _CHUNK) for s in range(1, len(tilings), _CHUNK))]:
+        chosen = range(start, min(stop, len(tilings)))
+        seeds = torch.stack([z * codes[i][tilings[i]][ids] for i in chosen])
+        grads, batched = backward(x, list(tensors.values()), seeds, batched)
+        for place, i in enumerate(chosen):
+            pairs = zip(tensors.items(), grads, strict=True)
+            yield (
+                tilings[i],
+                codes[i],
+                {name: torch.zeros_like(t) if g is None else torch.nan_to_num(g[place]) for (name, t), g in pairs},
+            )
+
+
+def backward(x: Tensor, tensors: list[Tensor], seeds: Tensor, batched: bool) -> tuple[list[Tensor | None], bool]:
+    """Gradients for a stack of cotangents, batched where torch can."""
+    if batched and len(seeds) > 1:
+        try:
+            grads = torch.autograd.grad(x, tensors, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True)
+            return list(grads), True
+        except RuntimeError:
+            batched = False  # some backward formulas know no batching
+    each = [torch.autograd.grad(x, tensors, seed, retain_graph=True, allow_unused=True) for seed in seeds]
+    return [None if grads[0] is None else torch.stack(grads) for grads in zip(*each, strict=True)], batched
+
+
+def _complete(hits: np.ndarray, rows: np.ndarray, faint: np.ndarray) -> None:
+    """Give lines whose gradient all but vanishes the columns of their neighbours, where these agree."""
+    if not faint.any() or (rows & ~faint).any():
+        return
+    sure = np.flatnonzero(~rows)
+    for line in np.flatnonzero(faint):
+        before, after = sure[sure < line], sure[sure > line]
+        near = [hits[:, i] for i in (*before[-1:], *after[:1])]
+        if near and all(np.array_equal(near[0], other) for other in near):
+            hits[:, line], rows[line] = near[0], False
 
 
 def _local(hits: np.ndarray) -> bool:

@@ -7,34 +7,19 @@ unit. What is left is read either column by column, or, for wide activations, fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .codes import decode
+from .codes import backward, decode
 from .node import Node, cotangent
 from .trace import Trace
 
 WIDE = 48
 _CHUNK = 32
-
-
-def block_of(model: nn.Module) -> dict[str, str]:
-    """Innermost element of a ``ModuleList`` or ``ModuleDict`` that holds each parameter and buffer (``""``: none)."""
-    lists = {path for path, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.ModuleDict))}
-    blocks: dict[str, str] = {}
-    names = [n for n, _ in model.named_parameters(remove_duplicate=False)] + [n for n, _ in model.named_buffers()]
-    for name in names:
-        parts = name.split(".")
-        block = ""
-        for i in range(len(parts) - 1):
-            if ".".join(parts[:i]) in lists:
-                block = ".".join(parts[: i + 1])
-        blocks[name] = block
-    return blocks
 
 
 @dataclass
@@ -58,10 +43,14 @@ class Lines:
 
 @dataclass
 class Reach:
-    """Where the entries of each learned tensor are read: by its own block (``inside``), and elsewhere (``leaks``)."""
+    """Where the entries of each learned tensor are read: by its own block (``inside``), and elsewhere (``leaks``).
+
+    ``ends``: names of the tensors that write what is read outside all blocks, or the output itself.
+    """
 
     inside: dict[str, Tensor] = field(default_factory=dict)
     leaks: dict[str, Tensor] = field(default_factory=dict)
+    ends: set[str] = field(default_factory=set)
 
     def private(self, name: str) -> Tensor | None:
         """Mask of the entries that only their own block reads, ``None`` if there are none."""
@@ -98,11 +87,15 @@ def reach_of(trace: Trace, outputs: list[Tensor], blocks: dict[str, str]) -> Rea
             mask = gradient != 0
             target = reach.inside if key == blocks[name] else reach.leaks
             target[name] = target[name] | mask if name in target else mask
+            if not key and bool(mask.any()):
+                reach.ends.add(name)
     return reach
 
 
-def lines_into(node: Node, tensors: dict[str, Tensor], private: dict[str, Tensor]) -> list[Lines]:
-    """Which lines of ``tensors`` write which columns of ``node``."""
+def lines_into(
+    node: Node, block: str, tensors: dict[str, Tensor], private: dict[str, Tensor], known: dict[tuple, list[Lines]]
+) -> list[Lines]:
+    """Which lines of ``tensors`` write which columns of ``node``; ``known``: what other blocks showed."""
     names = [name for name in private if name in tensors]
     if not names or not node.tensor.requires_grad:
         return []
@@ -111,42 +104,69 @@ def lines_into(node: Node, tensors: dict[str, Tensor], private: dict[str, Tensor
     if not names:
         return []
     wanted = {name: tensors[name] for name in names}
+    key = _fingerprint(node, block, {name: (reached[name] != 0) & private[name] for name in names})
+    if key in known:
+        same = [replace(line, name=block + line.name, touched=dict(line.touched)) for line in known[key]]
+        if _hold(same, node, wanted, private):
+            return same
     projections = decode(node, wanted, private, reached) if node.columns > WIDE else None
     if projections is None:
         projections = _column_by_column(node, wanted, private)
-    return [_lines(name, tuple(tensors[name].shape), projections[name]) for name in names]
+    found = [_lines(name, tuple(tensors[name].shape), projections[name]) for name in names]
+    known[key] = [replace(line, name=line.name[len(block) :], touched=dict(line.touched)) for line in found]
+    return found
+
+
+def _hold(lines: list[Lines], node: Node, tensors: dict[str, Tensor], private: dict[str, Tensor]) -> bool:
+    """Whether lines seen elsewhere hold for two columns of an activation: other heads may have equal shapes."""
+    columns = [node.columns // 2, node.columns - 1]
+    hits = _hits(node, columns, tensors, private)
+    for line in lines:
+        for place, column in enumerate(columns):
+            written = line.sets[column].reshape([line.shape[d] for d in line.dims])
+            for axis, dim in enumerate(line.dims):
+                others = tuple(a for a in range(written.ndim) if a != axis)
+                if not np.array_equal(written.any(others), hits[line.name][dim][place]):
+                    return False
+    return True
+
+
+def _fingerprint(node: Node, block: str, masks: dict[str, Tensor]) -> tuple:
+    """What two activations have in common that the same entries of two blocks of one make write and read."""
+    cut = len(block)
+    rows = lambda m, d: m.movedim(d, 0).reshape(m.shape[d], -1).any(1).numpy().tobytes()  # noqa: E731
+    reads = tuple((r.name[cut:], r.view.storage_offset(), tuple(r.view.shape), r.view.stride()) for r in node.reads)
+    return (
+        node.dims,
+        node.columns,
+        reads,
+        tuple((n[cut:], tuple(m.shape), tuple(rows(m, d) for d in range(m.ndim))) for n, m in masks.items()),
+    )
 
 
 def _column_by_column(node: Node, tensors: dict[str, Tensor], private: dict[str, Tensor]) -> dict[str, list]:
-    """``name -> per dim, bool [columns, coordinates]``: one backward a column, batched where torch can."""
+    """``name -> per dim, bool [columns, coordinates]``: one backward a column."""
+    parts = [
+        _hits(node, range(start, min(start + _CHUNK, node.columns)), tensors, private)
+        for start in range(0, node.columns, _CHUNK)
+    ]
+    return {n: [np.concatenate([p[n][d] for p in parts]) for d in range(t.ndim)] for n, t in tensors.items()}
+
+
+def _hits(
+    node: Node, columns: Sequence[int], tensors: dict[str, Tensor], private: dict[str, Tensor]
+) -> dict[str, list[np.ndarray]]:
+    """``name -> per dim, bool [chosen columns, coordinates]``: which coordinates write the columns."""
     ids, z = node.column_ids(), cotangent(node.tensor)
-    found: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in tensor.shape] for name, tensor in tensors.items()}
-    batched = True
-    for start in range(0, node.columns, _CHUNK):
-        columns = range(start, min(start + _CHUNK, node.columns))
-        seeds = torch.stack([torch.where(ids == c, z, torch.zeros((), dtype=z.dtype)) for c in columns])
-        grads, batched = _backward(node.tensor, list(tensors.values()), seeds, batched)
-        for (name, tensor), grad in zip(tensors.items(), grads, strict=True):
-            mask = (torch.nan_to_num(grad) != 0) & private[name] if grad is not None else None
-            for dim in range(tensor.ndim):
-                others = [d + 1 for d in range(tensor.ndim) if d != dim]
-                if mask is None:
-                    hit = np.zeros((len(columns), tensor.shape[dim]), dtype=bool)
-                else:
-                    hit = (mask.any(dim=tuple(others)) if others else mask).numpy()
-                found[name][dim].append(hit)
-    return {name: [np.concatenate(parts) for parts in dims] for name, dims in found.items()}
-
-
-def _backward(x: Tensor, tensors: list[Tensor], seeds: Tensor, batched: bool) -> tuple[list[Tensor | None], bool]:
-    if batched:
-        try:
-            grads = torch.autograd.grad(x, tensors, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True)
-            return list(grads), True
-        except RuntimeError:
-            pass  # some backward formulas know no batching
-    each = [torch.autograd.grad(x, tensors, seed, retain_graph=True, allow_unused=True) for seed in seeds]
-    return [None if grads[0] is None else torch.stack(grads) for grads in zip(*each, strict=True)], False
+    seeds = torch.stack([torch.where(ids == c, z, torch.zeros((), dtype=z.dtype)) for c in columns])
+    grads, _ = backward(node.tensor, list(tensors.values()), seeds, batched=True)
+    found: dict[str, list[np.ndarray]] = {}
+    for (name, tensor), grad in zip(tensors.items(), grads, strict=True):
+        mask = torch.nan_to_num(grad) != 0 if grad is not None else torch.zeros(len(seeds), *tensor.shape)
+        mask = mask.bool() & private[name]
+        sides = [tuple(d + 1 for d in range(tensor.ndim) if d != dim) for dim in range(tensor.ndim)]
+        found[name] = [(mask.any(dim=others) if others else mask).numpy() for others in sides]
+    return found
 
 
 def _lines(name: str, shape: tuple[int, ...], projections: list[np.ndarray]) -> Lines:

@@ -25,7 +25,12 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """Candidate units: nothing here is believed before the swap test."""
+    """Candidate units: nothing here is believed before the swap test.
+
+    Args:
+        uneven: Tensors that the units share out among themselves in unequal parts, which no slot can hold.
+        crossed: The units read each other through a weight of their own group; none can be exchanged alone.
+    """
 
     kind: str
     block: str
@@ -37,6 +42,8 @@ class Draft:
     classes: tuple[int, ...] | None = None
     closed: bool = True
     expert: int | None = None
+    crossed: bool = False
+    uneven: tuple[str, ...] = ()
 
     def renamed(self, old: str, new: str) -> Draft:
         """The same units in another block of the same make."""
@@ -49,19 +56,34 @@ class Draft:
         )
         parent = self.parent.renamed(old, new) if self.parent is not None else None
         block = move(self.block + ".")[:-1] if self.block else self.block
-        return replace(self, slots=slots, block=block, riders=tuple(map(move, self.riders)), parent=parent)
+        return replace(
+            self,
+            slots=slots,
+            block=block,
+            riders=tuple(map(move, self.riders)),
+            uneven=tuple(map(move, self.uneven)),
+            parent=parent,
+        )
 
 
 @dataclass
 class Findings:
-    """Drafts of one block, parameters it explains without units (name -> why), and those that must be in units."""
+    """What coupling says of one block.
+
+    Args:
+        drafts: Candidate units.
+        structural: Parameters explained without units: name -> why.
+        claimed: Tensors that write single units, and so must be in some.
+        common: Weights that write several units, and so are in a group of them or are shared by units that hold.
+    """
 
     drafts: list[Draft] = field(default_factory=list)
     structural: dict[str, str] = field(default_factory=dict)
     claimed: set[str] = field(default_factory=set)
+    common: set[str] = field(default_factory=set)
 
 
 def tiles_from_labels(labels: np.ndarray) -> list[np.ndarray]:
-    """Columns of each label, in order of first appearance."""
-    order = dict.fromkeys(labels.tolist())
+    """Columns of each label, in order of first appearance; -1 is no label."""
+    order = dict.fromkeys(labels[labels >= 0].tolist())
     return [np.flatnonzero(labels == label) for label in order]

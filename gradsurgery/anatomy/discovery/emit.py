@@ -14,13 +14,14 @@ _ORDER = {"head": 0, "kv_group": 1, "neuron": 2, "expert": 3, "latent": 4}
 def groups_from(drafts: list[Draft], model: nn.Module) -> tuple[UnitGroup, ...]:
     """Unit groups in layer order."""
     lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    groups = [_group(draft, lists) for draft in drafts]
+    buffers = {name for name, _ in model.named_buffers()}
+    groups = [_group(draft, lists, buffers) for draft in drafts]
     return tuple(sorted(groups, key=lambda g: (g.layer, _ORDER[g.kind])))
 
 
-def _group(draft: Draft, lists: set[str]) -> UnitGroup:
+def _group(draft: Draft, lists: set[str], buffers: set[str]) -> UnitGroup:
     name = name_of(draft)
-    footprints = tuple(Footprint(s.name, s.index, s.buffer) for s in draft.slots)
+    footprints = tuple(Footprint(s.name, s.index, s.buffer or s.name in buffers) for s in draft.slots)
     consumers = tuple(k for k, s in enumerate(draft.slots) if s.role == "consumer")
     parent = name_of(draft.parent) if draft.parent is not None else None
     classes = draft.classes or (0,) * draft.count

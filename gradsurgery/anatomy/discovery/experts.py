@@ -16,25 +16,28 @@ from torch import Tensor
 from .draft import Draft, Slot
 from .verify import Judge
 
+_MOST = 4
+"""Candidates that are tried in every combination, where not all of them move with the experts."""
+
 
 def expert_drafts(drafts: list[Draft], tensors: dict[str, Tensor], buffers: set[str], judge: Judge) -> list[Draft]:
     """Verified expert groups; the neuron drafts are returned with their expert's number first."""
-    taken = {s.name for d in drafts for s in d.slots}
+    taken = {(s.name, dim) for d in drafts for s in d.slots for dim in s.index}
     found: list[Draft] = []
     used: set[int] = set()
     for members, slots, scopes in list(_families(drafts, tensors)):
         if any(id(member) in used for member in members):
             continue
-        for scope in scopes:
-            units = _with_router(len(members), slots, scope, taken, tensors, buffers, judge)
-            if units is not None:
-                numbers = {id(member): number for number, member in enumerate(members)}
-                used |= numbers.keys()
-                for place, draft in enumerate(drafts):
-                    if id(draft) in numbers:
-                        drafts[place] = replace(draft, expert=numbers[id(draft)])
-                found.append(units)
-                break
+        pools = [(scope, *_candidates(len(members), slots, scope, taken, tensors, buffers)) for scope in scopes]
+        units = _with_router(len(members), slots, pools, judge)
+        if units is None:
+            continue
+        numbers = {id(member): number for number, member in enumerate(members)}
+        used |= numbers.keys()
+        for place, draft in enumerate(drafts):
+            if id(draft) in numbers:
+                drafts[place] = replace(draft, expert=numbers[id(draft)])
+        found.append(units)
     return found
 
 
@@ -52,9 +55,10 @@ def _families(drafts: list[Draft], tensors: dict[str, Tensor]) -> Iterator[tuple
             listed.setdefault((head, draft.count, *relative), []).append(draft)
     for members in shared.values():
         if len(members) > 1:
-            members.sort(key=lambda d: [int(v.min()) for _, v in sorted(d.slots[0].index.items())])
+            members.sort(key=_first_line)
             scope = common_module([str(s.name) for s in members[0].slots])
-            yield members, _slices(members, tensors), _ancestors(scope, members[0].block)
+            slots = _slices(members, tensors)
+            yield members, [*slots, *_ranks(members, slots, drafts, tensors)], _ancestors(scope, members[0].block)
     for (head, *_), members in listed.items():
         if len(members) > 1:
             blocks = [d.block for d in members]
@@ -81,6 +85,24 @@ def _slices(members: list[Draft], tensors: dict[str, Tensor]) -> list[Slot]:
     return slots
 
 
+def _ranks(members: list[Draft], slots: list[Slot], drafts: list[Draft], tensors: dict[str, Tensor]) -> list[Slot]:
+    """What an adapter of the experts adds to them: ranks of their own, as many groups as there are experts."""
+    families: dict[tuple, list[Draft]] = {}
+    for draft in drafts:
+        if draft.kind == "latent" and draft.block == members[0].block:
+            families.setdefault(tuple(s.name for s in draft.slots), []).append(draft)
+    found: dict[str, Slot] = {}
+    for family in families.values():
+        if len(family) == len(members):
+            family.sort(key=_first_line)
+            found.update((str(slot.name), slot) for slot in _slices(family, tensors))
+    return [slot for name, slot in found.items() if all(name != own.name for own in slots)]
+
+
+def _first_line(draft: Draft) -> list[int]:
+    return [int(rows.min()) for _, rows in sorted(draft.slots[0].index.items())]
+
+
 def _role(draft: Draft, name: str) -> str:
     return next((s.role for s in draft.slots if s.name == name), "producer")
 
@@ -102,41 +124,50 @@ def _ancestors(scope: str, block: str) -> list[str]:
     return found
 
 
-def _with_router(
-    count: int,
-    slots: list[Slot],
-    scope: str,
-    taken: set,
-    tensors: dict[str, Tensor],
-    buffers: set[str],
-    judge: Judge,
-) -> Draft | None:
-    """The experts with the fewest left-out candidates that survive a swap, and their exchange classes."""
+def _candidates(
+    count: int, slots: list[Slot], scope: str, taken: set, tensors: dict[str, Tensor], buffers: set[str]
+) -> tuple[list[Slot], dict[int, list[Slot]]]:
+    """Slots inside ``scope`` with one line an expert, and by their size those with more: experts that do nothing."""
     own = {n for s in slots for n in ([s.name] if isinstance(s.name, str) else s.name)}
     exact: list[Slot] = []
-    longer: list[Slot] = []
+    longer: dict[int, list[Slot]] = {}
     for name, tensor in tensors.items():
-        if not name.startswith(scope + ".") or name in own or name in taken:
+        if not name.startswith(scope + ".") or name in own:
             continue
-        dims = [d for d in range(tensor.ndim) if tensor.shape[d] == count]
+        dims = [d for d in range(tensor.ndim) if tensor.shape[d] == count and (name, d) not in taken]
         lines = np.arange(count)[:, None]
         if dims:
             exact.append(Slot(name, {dims[0]: lines}, "router", name in buffers))
-        elif (tensor.ndim == 2 and tensor.shape[0] > count) or (tensor.ndim == 1 and tensor.shape[0] > count):
-            longer.append(Slot(name, {0: lines}, "router", name in buffers))
-    for extra in _choices(exact, longer):
-        draft = Draft("expert", scope, (*slots, *extra), count, closed=False)
-        for pair in ((0, 1), (0, count - 1)):
-            if judge.swaps(draft, *pair):
-                whole = replace(draft, classes=(0,) * count)
-                if judge.exchange([whole])[0]:
-                    return whole
+        elif tensor.ndim in (1, 2) and count < tensor.shape[0] <= 2 * count and (name, 0) not in taken:
+            longer.setdefault(tensor.shape[0], []).append(Slot(name, {0: lines}, "router", name in buffers))
+    return exact, longer
+
+
+_Pools = list[tuple[str, list[Slot], dict[int, list[Slot]]]]
+
+
+def _with_router(count: int, slots: list[Slot], pools: _Pools, judge: Judge) -> Draft | None:
+    """The experts with what moves along, and their exchange classes; everything nearby first, then less of it."""
+    for choices in (_everything, _something):
+        drafts = [
+            Draft("expert", scope, (*slots, *extra), count, closed=False)
+            for scope, exact, longer in pools
+            for extra in choices(exact, longer)
+        ]
+        for draft in drafts:
+            if judge.exchange([draft])[0]:
+                return replace(draft, classes=(0,) * count)
+        for draft in drafts:  # experts in router groups are exchangeable within their group
+            if any(judge.swaps(draft, *pair) for pair in ((0, 1), (0, count - 1))):
                 return replace(draft, classes=judge.classes(draft))
     return None
 
 
-def _choices(exact: list[Slot], longer: list[Slot]) -> Iterator[tuple[Slot, ...]]:
-    """Candidates to move along, most first; longer tensors only after those of the experts' number."""
-    for pool in (exact, [*exact, *longer]):
-        for size in range(min(len(pool), 6), 0, -1):
-            yield from combinations(pool[:6], size)
+def _everything(exact: list[Slot], longer: dict[int, list[Slot]]) -> Iterator[tuple[Slot, ...]]:
+    yield from (tuple(pool) for pool in (exact, *([*exact, *longer[size]] for size in sorted(longer))) if pool)
+
+
+def _something(exact: list[Slot], longer: dict[int, list[Slot]]) -> Iterator[tuple[Slot, ...]]:
+    for pool in (exact, *([*exact, *longer[size]] for size in sorted(longer))):
+        for size in range(min(len(pool) - 1, _MOST), 0, -1):
+            yield from combinations(pool[:_MOST], size)

@@ -13,6 +13,7 @@ import numpy as np
 
 from .coordinates import Index
 from .coupling import Lines
+from .crossing import merged, met
 from .draft import Draft, Slot, tiles_from_labels
 from .node import Node
 
@@ -29,7 +30,7 @@ class Cluster:
         return sum(node.columns for node in self.nodes)
 
     def sets(self) -> dict[str, tuple[Lines, np.ndarray, np.ndarray]]:
-        """``name -> (lines, bool [columns, lines] without the dense ones, bool [lines] dense somewhere)``."""
+        """``name -> (lines, bool [columns, lines] of local lines, the same of those dense in an activation)``."""
         starts = np.cumsum([0] + [node.columns for node in self.nodes])
         merged: dict[str, tuple[Lines, np.ndarray, np.ndarray]] = {}
         for start, found in zip(starts, self.lines, strict=False):
@@ -42,25 +43,50 @@ class Cluster:
                         continue
                 if key not in merged:
                     shape = (self.columns, lines.sets.shape[1])
-                    merged[key] = lines, np.zeros(shape, dtype=bool), np.zeros(shape[1], dtype=bool)
+                    merged[key] = lines, np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+                elif merged[key][0].dims == lines.dims:
+                    merged[key] = (joined(merged[key][0], lines), *merged[key][1:])
                 merged[key][1][start : start + len(lines.sets)] |= lines.sets & ~lines.dense
-                merged[key][2][:] |= lines.dense
+                merged[key][2][start : start + len(lines.sets)] |= lines.sets & lines.dense
         return merged
 
 
+def both(one: list[Lines], other: list[Lines]) -> list[Lines]:
+    """What writes the columns of either of two activations that the same weights read."""
+    found = {(line.name, line.dims, len(line.dense)): line for line in one}
+    for line in other:
+        key = line.name, line.dims, len(line.dense)
+        if key in found:
+            known = joined(found[key], line)
+            line = replace(known, sets=known.sets | line.sets, dense=known.dense | line.dense)
+        found[key] = line
+    return list(found.values())
+
+
+def joined(one: Lines, other: Lines) -> Lines:
+    """The first, touched wherever either is: experts that read one activation each are one tensor together."""
+    both = {d: np.union1d(rows, other.touched[d]) for d, rows in one.touched.items() if d in other.touched}
+    return replace(one, touched={d: rows for d, rows in both.items() if len(rows) < one.shape[d]})
+
+
 def clusters_of(nodes: list[Node], lines: list[list[Lines]]) -> list[Cluster]:
-    """Join the activations that are written by a common local line; the same read twice counts once."""
+    """Join the activations that are written by a common local line; what the same weights read twice is one."""
     kept: list[tuple[Node, list[Lines]]] = []
-    seen = set()
+    seen: dict[tuple, int] = {}
     for node, found in zip(nodes, lines, strict=True):
         key = tuple((r.name, r.view.storage_offset(), tuple(r.view.shape), r.view.stride()) for r in node.reads)
-        if found and key not in seen:
-            seen.add(key)
+        if not found:
+            continue
+        if key in seen:
+            first, known = kept[seen[key]]
+            kept[seen[key]] = first, both(known, found)
+        else:
+            seen[key] = len(kept)
             kept.append((node, found))
     owner: list[int] = list(range(len(kept)))
-    for i, (_, first) in enumerate(kept):
-        for j, (_, second) in enumerate(kept[:i]):
-            if any(_share(a, b) for a in first for b in second):
+    for i, (_, ours) in enumerate(kept):
+        for j, (_, theirs) in enumerate(kept[:i]):
+            if any(_share(a, b) for a in ours for b in theirs):
                 owner = [owner[j] if o == owner[i] else o for o in owner]
     groups = [[k for k, o in enumerate(owner) if o == root] for root in dict.fromkeys(owner)]
     return [Cluster([kept[k][0] for k in ks], [kept[k][1] for k in ks]) for ks in groups]
@@ -83,7 +109,7 @@ def drafts_of(
     every = np.concatenate(local, axis=1) if local else np.zeros((cluster.columns, 0), dtype=bool)
     if every.shape[1] == 0:
         return []
-    families, counts = np.unique(every, axis=1, return_counts=True)
+    families, counts = unique_columns(every)
     coarse = _components(families)
     reads = {read.name for node in cluster.nodes for read in node.reads}
     dense = {name for name, (lines, _, mask) in sets.items() if mask.any() and name not in reads}
@@ -93,10 +119,13 @@ def drafts_of(
         written = {n for n in dense if not sets[n][1].any() and len(sets[n][0].shape) > 1}
         if written:  # one head only: its queries and keys write every column
             return [maker.draft("head", np.zeros(cluster.columns, dtype=int), shared=True)]
+        joined = maker.joined(coarse)
+        if 1 < len(np.unique(joined)) < len(np.unique(coarse)):
+            return [maker.draft("head", joined)]  # blocks of a block-diagonal weight
         return maker.by_expert(maker.draft("neuron", coarse), coarse)
-    fine = _finest(families, counts, coarse, sizes)
+    fine = _finest(families, counts, sizes, cluster.nodes)
     common = {n for n in dense - elsewhere if n in weights and len(sets[n][0].shape) > 1}
-    if fine is None or len(np.unique(fine)) == len(np.unique(coarse)):
+    if fine is None or len(tiles_from_labels(fine)) == len(np.unique(coarse)):
         if not common or len(np.unique(coarse)) == 1:
             return [maker.draft("head", coarse, shared=len(np.unique(coarse)) == 1)]
         fine, coarse = coarse, np.zeros_like(coarse)  # rows that all heads share make them one group
@@ -105,7 +134,7 @@ def drafts_of(
     group = maker.draft("kv_group", coarse, shared=len(order) == 1)
     heads = maker.draft("head", fine)
     units = tuple(order.index(p) for p in parents)
-    shapes = {name: lines.shape for name, (lines, _, _) in sets.items()} | maker.bias_shapes()
+    shapes = maker.shapes()
     held = {str(s.name): _entries(s, shapes[str(s.name)], heads.count) for s in heads.slots if s.role == "producer"}
     produced = [s for s in group.slots if s.role == "producer"]
     if all(_entries(s, shapes[str(s.name)], group.count) <= held.get(str(s.name), 0) for s in produced):
@@ -125,6 +154,14 @@ def _sizes(families: np.ndarray, nodes: list[Node]) -> np.ndarray:
     return np.max([families[a:b].sum(0) for a, b in pairwise(starts)], axis=0)
 
 
+def unique_columns(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different columns of a bool matrix, and how often each occurs."""
+    packed = np.ascontiguousarray(np.packbits(matrix, axis=0).T)
+    keys = packed.view(np.dtype((np.void, packed.shape[1]))).ravel()
+    _, first, counts = np.unique(keys, return_index=True, return_counts=True)
+    return matrix[:, first], counts
+
+
 def _components(families: np.ndarray) -> np.ndarray:
     """Label of each column; columns in one family share it."""
     labels = np.arange(len(families))
@@ -139,34 +176,43 @@ def _components(families: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _finest(families: np.ndarray, counts: np.ndarray, coarse: np.ndarray, sizes: np.ndarray) -> np.ndarray | None:
-    """Labels of the finest tiling by private lines: contiguous tiles first, then those that many lines share."""
+def _finest(families: np.ndarray, counts: np.ndarray, sizes: np.ndarray, nodes: list[Node]) -> np.ndarray | None:
+    """Labels of the finest tiling by private lines: contiguous tiles first, then those that many lines share.
+
+    Tiles cover an activation or leave it alone (-1): what else reads the values is no part of a single head.
+    """
     candidates = []
     runs = (families[1:] & ~families[:-1]).sum(0) + families[0]
+    starts = np.cumsum([0] + [node.columns for node in nodes])
     for size in np.unique(families.sum(0)[sizes > 1]):
         for contiguous in (True, False):
             chosen = (families.sum(0) == size) & (sizes > 1) & ((runs == runs.min()) == contiguous)
             tiles, weight = families[:, chosen], counts[chosen].min(initial=10**9)
-            if chosen.any() and (tiles.sum(1) == 1).all():
-                candidates.append((not contiguous, not contiguous and weight < 2, size, tiles.argmax(1)))
+            covered = [tiles[a:b].sum(1) for a, b in pairwise(starts)]
+            if chosen.any() and all((part == 1).all() or not part.any() for part in covered):
+                missed = np.concatenate(covered) == 0
+                labels = np.where(missed, -1, tiles.argmax(1))
+                candidates.append((not contiguous, not contiguous and weight < 2, missed.any(), size, labels))
     if not candidates:
         return None
-    return min(candidates, key=lambda c: c[:3])[3]
+    return min(candidates, key=lambda c: c[:4])[4]
 
 
-def claimed(cluster: Cluster, weights: set[str]) -> set[str]:
-    """Names of tensors with lines that write one unit only, and of weights that write all of them: no bystanders."""
+def claimed(cluster: Cluster, weights: set[str]) -> tuple[set[str], set[str]]:
+    """Names of tensors with lines that write one unit only, and of weights that write several: no bystanders."""
     sets = cluster.sets()
     local = [matrix[:, matrix.any(0)] for name, (_, matrix, _) in sets.items() if name in weights]
-    labels = _components(np.unique(np.concatenate(local, axis=1), axis=1))
+    labels = _components(unique_columns(np.concatenate(local, axis=1))[0])
     whole = labels.max() == labels.min()
-    found = set()
+    own, common = set(), set()
     for name, (lines, matrix, dense) in sets.items():
-        spans = [len(np.unique(labels[column])) for column in matrix.T if column.any()]
-        inside = bool(spans) and min(spans) == 1 and not (whole and name not in weights)
-        if inside or (name in weights and len(lines.shape) > 1 and dense.any()):
-            found.add(name)
-    return found
+        some = matrix.any(0)
+        spans = [len(np.unique(labels[column])) for column in (matrix | dense)[:, some].T]
+        if spans and min(spans) == 1 and not (whole and name not in weights):
+            own.add(name)
+        elif name in weights and len(lines.shape) > 1 and (dense.any() or some.any()):
+            common.add(name)
+    return own, common
 
 
 class _Maker:
@@ -182,15 +228,28 @@ class _Maker:
             bias: (self.sets[name][0].shape[dim],) for name, (bias, dim) in self.biases.items() if name in self.sets
         }
 
+    def joined(self, labels: np.ndarray) -> np.ndarray:
+        """The labels with units joined that meet in one entry of a weight: what one writes and another reads."""
+        tiles = tiles_from_labels(labels)
+        units = met([*self._producers(tiles, False), *self._consumers(tiles)], self.shapes(), len(tiles))
+        found = np.zeros_like(labels)
+        for tile, unit in zip(tiles, units, strict=True):
+            found[tile] = unit
+        return found
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        read = {r.name: tuple(r.parameter.shape) for node in self.cluster.nodes for r in node.reads}
+        return read | {name: lines.shape for name, (lines, _, _) in self.sets.items()} | self.bias_shapes()
+
     def draft(self, kind: str, labels: np.ndarray, shared: bool = False) -> Draft:
         tiles = tiles_from_labels(labels)
-        slots = [*self._producers(tiles, shared), *self._consumers(tiles)]
+        slots = merged([*self._producers(tiles, shared), *self._consumers(tiles)], self.shapes(), len(tiles))
         riders = tuple(
             dict.fromkeys(
                 r.bias for n in self.cluster.nodes for r in n.reads if r.bias is not None and r.bias_view is not None
             )
         )
-        return Draft(kind, self.block, tuple(slots), len(tiles), riders)
+        return Draft(kind, self.block, tuple(slots), len(tiles), riders, uneven=self._uneven(tiles))
 
     def by_expert(self, draft: Draft, labels: np.ndarray) -> list[Draft]:
         """One draft an expert, where a batched product reads the neurons of all experts at once."""
@@ -204,15 +263,10 @@ class _Maker:
     def _producers(self, tiles: list[np.ndarray], shared: bool) -> list[Slot]:
         slots = []
         for name, (lines, matrix, dense) in self.sets.items():
-            per_unit = []
-            for tile in tiles:
-                outside = np.ones(len(matrix), dtype=bool)
-                outside[tile] = False
-                inside = matrix[tile].any(0) & ~matrix[outside].any(0)
-                if shared and name not in self.elsewhere and (matrix.any() or len(lines.shape) > 1):
-                    inside |= dense
-                per_unit.append(np.flatnonzero(inside))
-            index = _rectangle(per_unit, lines)
+            inside = _inside(matrix, dense, tiles)
+            if shared and name not in self.elsewhere and (matrix.any() or len(lines.shape) > 1):
+                inside = [written | dense.any(0) for written in inside]
+            index = _rectangle([np.flatnonzero(written) for written in inside], lines)
             if index is not None:
                 slots.append(Slot(name, index))
         for slot in list(slots):
@@ -221,6 +275,15 @@ class _Maker:
                 slots = [s for s in slots if s.name != bias]
                 slots.append(Slot(bias, {0: slot.index[dim]} if dim in slot.index else {}))
         return slots
+
+    def _uneven(self, tiles: list[np.ndarray]) -> tuple[str, ...]:
+        """Tensors every written line of which writes one unit, but not as many lines for each unit."""
+        found = []
+        for name, (_, matrix, dense) in self.sets.items():
+            inside = np.stack(_inside(matrix, dense, tiles))
+            if not dense.any() and (inside.sum(0) == 1).all() and len(set(inside.sum(1))) > 1:
+                found.append(name)
+        return tuple(found)
 
     def _consumers(self, tiles: list[np.ndarray]) -> list[Slot]:
         starts = np.cumsum([0] + [node.columns for node in self.cluster.nodes])
@@ -250,6 +313,17 @@ class _Maker:
                     index[dim] = np.array(rows[dim], dtype=np.int64)
             slots.append(Slot(name, index, "consumer"))
         return slots
+
+
+def _inside(matrix: np.ndarray, dense: np.ndarray, tiles: list[np.ndarray]) -> list[np.ndarray]:
+    """Per tile, ``bool [lines]``: writes columns of this tile only, in any activation."""
+    every = matrix | dense
+    found = []
+    for tile in tiles:
+        outside = np.ones(len(matrix), dtype=bool)
+        outside[tile] = False
+        found.append(matrix[tile].any(0) & ~every[outside].any(0))
+    return found
 
 
 def _rectangle(per_unit: list[np.ndarray], lines: Lines) -> Index | None:

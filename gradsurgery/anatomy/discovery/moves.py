@@ -57,7 +57,8 @@ def fill_(tensors: dict[str, Tensor], slots: Iterable[Slot], units: Tensor, nois
             if noise is None:
                 new = torch.zeros_like(old)
             else:
-                new = old + torch.randn(old.shape, generator=noise, dtype=old.dtype) * old.abs().mean().clamp_min(0.1)
+                spread = torch.randn(old.shape, generator=noise, dtype=old.dtype).abs()  # variances stay positive
+                new = old + spread * old.abs().mean().clamp_min(0.1)
             if dims:
                 view[here] = new
             else:

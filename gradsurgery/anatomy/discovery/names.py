@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from gradsurgery.anatomy.quantised import shape_of
+
 Shapes = dict[str, tuple[int, ...]]
 
 
 def shapes_of(model: nn.Module) -> Shapes:
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    return {name: tuple(tensor.shape) for name, tensor in named}
+    return {name: shape_of(tensor) for name, tensor in named}
 
 
 def natural_of(name: str) -> tuple:

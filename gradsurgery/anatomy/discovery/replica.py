@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.anatomy.adapters import activate_adapters
 from gradsurgery.errors import AnatomyError
+
+from .build import same_again
+from .plain import is_plain, plain_copy
 
 _HOOKS = (
     "_forward_hooks",
@@ -27,9 +31,18 @@ _HOOKS = (
 
 
 def replica(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Return a copy of ``model`` on the CPU: float64, eval mode, no hooks, eager kernels, every weight randomised."""
+    """Return a copy of ``model`` on the CPU: float64, eval mode, no hooks, eager kernels, every weight randomised.
+
+    Sharded weights are gathered and packed ones unpacked; a model on ``meta`` is built anew from its config.
+
+    Raises:
+        AnatomyError: The model cannot be copied or built.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return prepare(same_again(model), seed)
+    memo = {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values() if _is_computed(t)}
     try:
-        twin = copy.deepcopy(model)
+        twin = copy.deepcopy(model, memo) if is_plain(model) else plain_copy(model)
     except RuntimeError as error:
         raise AnatomyError(
             f"{type(model).__name__} keeps tensors of an earlier forward and cannot be copied; dissect it before its "
@@ -38,14 +51,25 @@ def replica(model: nn.Module, seed: int = 0) -> nn.Module:
     return prepare(twin, seed)
 
 
+def _is_computed(value: object) -> bool:
+    """A tensor that a forward left behind with its graph, such as a recurrent state; ``deepcopy`` refuses those."""
+    return isinstance(value, Tensor) and not value.is_leaf
+
+
 def prepare(twin: nn.Module, seed: int = 0) -> nn.Module:
     """Make ``twin`` (changed in place) fit for probing."""
+    activate_adapters(twin)
     for module in twin.modules():
         for hooks in _HOOKS:
             getattr(module, hooks, {}).clear()
+        if "_old_forward" in vars(module):  # accelerate's dispatch, which moves inputs and weights about
+            module.__dict__["forward"] = module._old_forward
+        if isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):  # compiled layer by layer
+            module.__dict__["forward"] = inner
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    twin.to("cpu").double().eval()
+    nn.Module.to(twin, "cpu")  # not the instance's own, which accelerate binds to the model that was copied
+    nn.Module.double(twin).train().eval()
     prefer_eager(twin)
     randomise(twin, seed)
     for _, tensor, _ in learned(twin):

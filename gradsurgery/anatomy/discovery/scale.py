@@ -15,9 +15,9 @@ from torch import nn
 
 from gradsurgery.errors import AnatomyError
 
-from .coupling import block_of
 from .draft import Draft
 from .names import config_of, enclosing_of, is_under, natural_of, shapes_of, signature_of
+from .partition import Inner, block_of
 from .plan import Plan
 from .shrink import head_counts
 
@@ -29,14 +29,15 @@ class Transfer:
         twin: The probed model.
         model: The real one; only names and shapes are read.
         drafts: Verified drafts of the twin.
+        inner: Lists of modules that hold no blocks, as the twin showed.
     """
 
-    def __init__(self, twin: nn.Module, model: nn.Module, drafts: list[Draft]) -> None:
+    def __init__(self, twin: nn.Module, model: nn.Module, drafts: list[Draft], inner: Inner = frozenset()) -> None:
         self.twin, self.model = twin, model
         self.small, self.large = shapes_of(twin), shapes_of(model)
         self.drafts = drafts
         self.by_block: dict[str, list[Draft]] = defaultdict(list)
-        blocks = set(block_of(twin).values())
+        blocks, self.blocks = set(block_of(twin, inner).values()), block_of(model, inner)
         for draft in drafts:
             self.by_block[enclosing_of(draft.block, blocks)].append(draft)
         self.signatures: dict[tuple, list[str]] = defaultdict(list)
@@ -52,7 +53,7 @@ class Transfer:
             AnatomyError: A block has no counterpart in the twin, or its shapes do not fit.
         """
         found: list[Draft] = []
-        for block in sorted(set(block_of(self.model).values()), key=natural_of):
+        for block in sorted(set(self.blocks.values()), key=natural_of):
             candidates = self.signatures.get(signature_of(block, self.large))
             if not candidates:
                 raise AnatomyError(

@@ -29,7 +29,7 @@ STATISTICS = (
 )
 
 
-CLIPPED = (F.relu, torch.relu, Tensor.relu, F.relu6, F.hardtanh)
+CLIPPED = (F.relu, torch.relu, Tensor.relu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid, F.threshold)
 """Their gradient is zero where they clip, and a unit that clips on every token would go unseen."""
 
 
@@ -76,6 +76,10 @@ def batch_norm(
     """Batch norm in eval mode, written out so that its running statistics have a gradient too."""
     eps = options.get("eps", rest[2] if len(rest) > 2 else 1e-5)
     tail = (1, -1) + (1,) * (x.ndim - 2)
+    if mean is None:  # statistics of the batch, as weight standardisation takes them of a filter
+        with torch.no_grad():
+            dims = [d for d in range(x.ndim) if d != 1]
+            mean, variance = x.mean(dims), x.var(dims, correction=0)
     y = (x - mean.reshape(tail)) * (variance.reshape(tail) + eps).rsqrt()
     y = y if weight is None else y * weight.reshape(tail)
     return y if bias is None else y + bias.reshape(tail)

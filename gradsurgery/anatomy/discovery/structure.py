@@ -11,10 +11,12 @@ from torch import nn
 from gradsurgery.errors import AnatomyError
 
 from .blocks import Survey
-from .coupling import block_of
 from .draft import Draft
 
 DECLARED = "declared structural"
+CHOOSES = "makes choices only"
+UNEVEN = "unequal parts of units"
+SHARED = "shared by several heads"
 
 
 def is_declared(name: str, patterns: Sequence[str]) -> bool:
@@ -32,9 +34,13 @@ def structural_of(model: nn.Module, seen: Survey, drafts: list[Draft], declared:
     """
     held = {n for d in drafts for s in d.slots for n in ([s.name] if isinstance(s.name, str) else s.name)}
     riders = {rider for d in drafts for rider in d.riders}
+    uneven = {name for d in drafts for name in d.uneven}
     latent = {name: why for found in seen.findings.values() for name, why in found.structural.items()}
     weights = {read.name for node in seen.trace.nodes.values() for read in node.reads}
+    with_heads = {d.block for d in drafts if d.kind == "head"}
     claimed = {name for findings in seen.findings.values() for name in findings.claimed} - latent.keys()
+    common = {name: b in with_heads for b, found in seen.findings.items() for name in found.common - latent.keys()}
+    claimed |= {name for name, explained in common.items() if not explained}
     shapes = {name: tuple(tensor.shape) for name, tensor in seen.trace.tensors.items()}
     partly = {name for name, mask in partly_held(shapes, drafts).items() if name in claimed and _open(name, mask, seen)}
     found, unknown = {}, []
@@ -43,6 +49,12 @@ def structural_of(model: nn.Module, seen: Survey, drafts: list[Draft], declared:
             continue
         lost = name in claimed and name not in riders
         why = None if lost else _reason(name, parameter.ndim, seen, riders, latent, weights)
+        if name in seen.silent and name in weights:
+            why = CHOOSES
+        if name in uneven:
+            why = UNEVEN
+        if common.get(name) and not lost:
+            why = SHARED
         if why is None and is_declared(name, declared):
             why = DECLARED
         if why is None:
@@ -57,7 +69,9 @@ def structural_of(model: nn.Module, seen: Survey, drafts: list[Draft], declared:
     return found
 
 
-def structural_like(model, small: dict[str, str], sources: dict[str, str], drafts: list[Draft]) -> dict[str, str]:  # type: ignore[no-untyped-def]
+def structural_like(  # type: ignore[no-untyped-def]
+    model, small: dict[str, str], sources: dict[str, str], drafts: list[Draft], blocks: dict[str, str]
+) -> dict[str, str]:
     """The twin's reasons under the real model's names.
 
     Raises:
@@ -65,7 +79,6 @@ def structural_like(model, small: dict[str, str], sources: dict[str, str], draft
     """
     held = {n for d in drafts for s in d.slots for n in ([s.name] if isinstance(s.name, str) else s.name)}
     found, unknown = {}, []
-    blocks = block_of(model)
     for name, _ in model.named_parameters():
         if name in held:
             continue
@@ -106,6 +119,8 @@ def _open(name: str, mask: np.ndarray, seen: Survey) -> bool:
 
 def _reason(name: str, ndim: int, seen: Survey, riders: set, latent: dict, weights: set) -> str | None:
     reach = seen.reach
+    if name in seen.trace.disguised and seen.blocks[name]:
+        return None
     if name in riders:
         return "output bias"
     if name in latent:
@@ -119,7 +134,7 @@ def _reason(name: str, ndim: int, seen: Survey, riders: set, latent: dict, weigh
     if seen.blocks[name] == "":
         return "outside the blocks"
     if reach.private(name) is None:
-        return "residual projection" if name in weights else "shared by several blocks"
+        return "residual projection" if name in weights and name in reach.ends else "read by several blocks"
     return "mixes residual streams"
 
 

@@ -7,6 +7,7 @@ write a column, and the biases, norms, sinks and slopes on the way. Norms are st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ from .contraction import PRODUCTS, Product, groups_of, positional
 from .node import Node, Read
 from .replica import learned
 from .straight import CLIPPED, NORMS, STATISTICS, is_statistic
-from .wide import Wide
+from .updates import Updates
+from .wide import Wide, widened
 
+_TIMES = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
 
 
@@ -33,7 +36,18 @@ class Trace(Wide):
         self.owners = {t.untyped_storage().data_ptr(): name for name, t in reversed(self.tensors.items()) if t.numel()}
         self.nodes: dict[tuple, Node] = {}
         self.embedded: set[str] = set()
+        self.disguised: set[str] = set()
+        self.derived: dict[int, Tensor] = {}
         self.results: dict[int, tuple[Tensor, Read]] = {}
+        self.updates = Updates(lambda tensor: self.owner(tensor) is not None)
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        func, args, kwargs = widened(func, args, kwargs or {})
+        result = self.updates.unfold(self.call, func, args, kwargs)
+        if result is None:
+            result = self.call(func, args, kwargs)
+            self.updates.note(func, args, kwargs, result)
+        return result
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if func in PRODUCTS:
@@ -44,18 +58,38 @@ class Trace(Wide):
             return result
         if func in _SUMS:
             self.sum(args)
+        elif func in _TIMES:
+            self.times(args)
         if func is F.embedding:
             self.embedded.add(self.owner(args[1] if len(args) > 1 else kwargs["weight"]) or "")
-        elif func in NORMS:
+        result = self.straight(func, args, kwargs)
+        self.derive(args, result)
+        return result
+
+    def straight(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """The result of a call that is no product, norms and clipped functions with a straight-through gradient."""
+        if func in NORMS:
             return NORMS[func](*args, **kwargs)
-        elif func is F.batch_norm:
+        if func is F.batch_norm:
             return super().call(func, args, kwargs)
-        elif func in CLIPPED:
+        if func in CLIPPED:
             return F.leaky_relu(args[0], 0.3)
         result = func(*self.chosen(func, args), **kwargs)
-        if func in STATISTICS and is_statistic(func, args, result):
-            result = result.detach()
-        return result
+        return result.detach() if func in STATISTICS and is_statistic(func, args, result) else result
+
+    def derive(self, args: tuple, result: Any) -> None:
+        """Note a weight that is computed from a parameter entry by entry: standardised, normalised, scaled."""
+        if not args or not isinstance(result, Tensor) or self.owner(result) is not None or not result.is_contiguous():
+            return
+        tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point() and a.requires_grad]
+        names = [self.owner(a) for a in tensors]
+        for source, name in zip(tensors, names, strict=True):
+            if name is None or None in names or source.shape != result.shape or not source.is_contiguous():
+                continue
+            parameter = self.tensors[name]
+            if parameter.ndim > 1 and parameter.numel() == result.numel():
+                place = result.untyped_storage().data_ptr()
+                self.owners[place], self.derived[place] = name, result.detach().view(parameter.shape)
 
     def owner(self, tensor: object) -> str | None:
         """Name of the learned tensor that ``tensor`` is a view of."""
@@ -82,7 +116,8 @@ class Trace(Wide):
         pairs = meet.shared + meet.contracted
         node = self.node(x, tuple(a for a, _ in pairs))
         node.shared = int(np.prod([x.shape[a] for a, _ in meet.shared])) if meet.shared else 0
-        read = Read(name, view.detach(), self.tensors[name], tuple(b for _, b in pairs), groups)
+        parameter = self.derived.get(view.untyped_storage().data_ptr(), self.tensors[name])
+        read = Read(name, view.detach(), parameter, tuple(b for _, b in pairs), groups)
         if meet.bias is not None and meet.bias < len(args) and self.owner(args[meet.bias]):
             read.bias, read.bias_view = self.owner(args[meet.bias]), args[meet.bias].detach()
         node.reads.append(read)
@@ -95,6 +130,16 @@ class Trace(Wide):
             _, read = self.results.get(id(x), (None, None))
             if read is not None and isinstance(bias, Tensor) and bias.ndim == 1 and self.owner(bias):
                 read.bias, read.bias_view = self.owner(bias), bias.detach()
+
+    def times(self, args: tuple) -> None:
+        """Note a matrix that is multiplied entry by entry with a spread-out activation: a product in disguise."""
+        for x, w in (args[:2], args[1::-1]):
+            name = self.owner(w)
+            if name is None or not isinstance(x, Tensor) or self.owner(x) is not None:
+                continue
+            spread = torch.broadcast_shapes(x.shape, w.shape)
+            if sum(n > 1 for n in w.shape) > 1 and math.prod(spread) > max(x.numel(), w.numel()):
+                self.disguised.add(name)
 
     def unread(self) -> int:
         """How many entries of weights no activation has met yet, for instance experts that no token chose."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
-import torch
 from torch import nn
 
+from gradsurgery.anatomy.adapters import LARGEST_RANK
+from gradsurgery.anatomy.quantised import shape_of
 from gradsurgery.errors import AnatomyError
 
+from .build import built, config_of_class
 from .replica import prepare
 from .shrink import shrunken
 
@@ -17,13 +19,10 @@ WIDEST = 1024
 
 
 def needs_twin(model: nn.Module) -> bool:
-    """Whether a model is too large to be probed itself, or holds no values."""
-    parameters = list(model.parameters())
-    if any(p.device.type == "meta" for p in parameters):
-        return True
-    if getattr(model, "config", None) is None or not hasattr(model.config, "to_dict"):
+    """Whether a model is too large to be probed itself and can be built at a smaller size."""
+    if config_of_class(model) is None:
         return False
-    return sum(p.numel() for p in parameters) > MOST_PARAMETERS
+    return sum(math.prod(shape_of(p)) for p in model.parameters()) > MOST_PARAMETERS
 
 
 def twin_of(model: nn.Module, step: int = 0) -> nn.Module:
@@ -32,16 +31,8 @@ def twin_of(model: nn.Module, step: int = 0) -> nn.Module:
     Raises:
         AnatomyError: The class cannot be built from a smaller config.
     """
-    config: Any = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
-        raise AnatomyError(
-            f"{type(model).__name__} has no Hugging Face config to build a small twin from, and its weights are on "
-            "the meta device: give the model weights first."
-        )
-    small = shrunken(config, step)
     try:
-        with torch.device("cpu"):
-            return prepare(type(model)(small))
+        return prepare(built(model, shrunken(config_of_class(model), step), LARGEST_RANK))
     except Exception as error:
         raise AnatomyError(
             f"{type(model).__name__} cannot be built at small size ({type(error).__name__}: {error}). Dissect it "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .crossing import twice
 from .draft import Draft
 from .verify import Judge, disjoint
 
@@ -12,9 +13,10 @@ def judged(drafts: list[Draft], judge: Judge) -> list[Draft]:
     """The drafts that hold, with their exchange classes and whether they are closed.
 
     Heads that cannot be exchanged but are closed depend on their position (ALiBi slopes, relative biases): each is
-    alone in its class, or with those it can be swapped with. Heads that are neither are joined into their group.
+    alone in its class, or with those it can be swapped with. Channels under a group norm can be exchanged inside their
+    norm group only. Heads that are neither are joined into their group.
     """
-    sound = [d for d in drafts if disjoint(d)]
+    sound = [c for d in drafts if disjoint(c := uncrossed(d, judge))]
     guessed = [replace(d, classes=d.parent_units or (0,) * d.count) for d in sound]
     accepted: dict[int, Draft] = {}
     for kinds in (("kv_group",), ("head", "neuron", "latent")):
@@ -23,16 +25,30 @@ def judged(drafts: list[Draft], judge: Judge) -> list[Draft]:
         closed = judge.closed([guessed[i] for i in chosen])
         for i, exchangeable, shut in zip(chosen, passed, closed, strict=True):
             draft = replace(guessed[i], closed=shut)
-            if not exchangeable:
-                if not shut:
-                    continue
+            if draft.crossed:
+                draft = replace(draft, classes=tuple(range(draft.count)))
+            elif not exchangeable:
                 classes = judge.classes(draft)
-                if draft.kind in ("neuron", "latent") and len(set(classes)) == draft.count:
+                if len(set(classes)) == draft.count and (not shut or draft.kind in ("neuron", "latent")):
                     continue
                 draft = replace(draft, classes=classes)
             if judge.heard(draft):
                 accepted[i] = draft
     return _consistent([accepted.get(i) for i in range(len(guessed))], guessed)
+
+
+def uncrossed(draft: Draft, judge: Judge) -> Draft:
+    """A draft without the columns through which its units read each other.
+
+    A square weight inside a group (a gate computed from all heads' values) gives every unit a row and columns that
+    cross the other units' rows. Moved together they pass the swap test, which says that the units are right; but no
+    unit can hold both without holding what is another's, so the columns stay out and no two units are exchangeable.
+    """
+    pairs = twice(list(draft.slots))
+    if not pairs or draft.count < 2 or not judge.exchange([replace(draft, classes=None)])[0]:
+        return draft
+    kept = tuple(s for s in draft.slots if str(s.name) not in pairs or s.role != "consumer")
+    return replace(draft, slots=kept, crossed=True)
 
 
 def _consistent(accepted: list[Draft | None], guessed: list[Draft]) -> list[Draft]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -35,7 +36,6 @@ class Judge:
         self.forward, self.tensors, self.tolerance = forward, tensors, tolerance
         with torch.no_grad():
             self.base = forward()
-        self.slopes: dict[str, Tensor] | None = None
         self.known: set[tuple[int, ...]] = set()
         self.generator = torch.Generator().manual_seed(3)
 
@@ -84,13 +84,21 @@ class Judge:
         return self.same_after([(draft, order)])
 
     def classes(self, draft: Draft, limit: int = 40) -> tuple[int, ...]:
-        """Exchange classes by pair swaps; beyond ``limit`` units every unit is taken to be alone."""
-        for classes in self.known:
-            if len(classes) == draft.count and self._fits(replace(draft, classes=classes)):
-                return classes
+        """Exchange classes: those another layer has, equal blocks, or by pair swaps.
+
+        Beyond ``limit`` units of no such form every unit is taken to be alone.
+        """
+        count = draft.count
+        blocks = [tuple(i // size for i in range(count)) for size in range(2, count) if count % size == 0]
+        known = [classes for classes in self.known if len(classes) == count]
+        found = next((c for c in [*known, *blocks] if self._fits(replace(draft, classes=c))), None)
+        if found is None:
+            found = self._by_pairs(draft) if count <= limit else tuple(range(count))
+        self.known.add(found)
+        return found
+
+    def _by_pairs(self, draft: Draft) -> tuple[int, ...]:
         labels = [-1] * draft.count
-        if draft.count > limit:
-            return tuple(range(draft.count))
         for unit in range(draft.count):
             if labels[unit] < 0:
                 labels[unit] = unit
@@ -98,9 +106,7 @@ class Judge:
                     if labels[other] < 0 and self.swaps(draft, unit, other):
                         labels[other] = unit
         order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-        classes = tuple(order[label] for label in labels)
-        self.known.add(classes)
-        return classes
+        return tuple(order[label] for label in labels)
 
     def _fits(self, draft: Draft) -> bool:
         """Whether classes seen in another layer hold here: permuting inside changes nothing, swapping across does."""
@@ -127,18 +133,25 @@ class Judge:
         half = len(drafts) // 2
         return self.closed(drafts[:half]) + self.closed(drafts[half:])
 
+    @cached_property
+    def slopes(self) -> dict[str, Tensor]:
+        """Gradient of a random direction of the outputs with respect to every tensor."""
+        with torch.enable_grad():
+            outputs = [x for x in self.forward() if x.requires_grad]
+            listed = list(self.tensors.items())
+            found = torch.autograd.grad(
+                outputs, [t for _, t in listed], [cotangent(x) for x in outputs], allow_unused=True
+            )
+        return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(listed, found, strict=True)}
+
     def heard(self, draft: Draft) -> bool:
         """Whether the output listens to the consumers of most units, to first order."""
-        if self.slopes is None:
-            with torch.enable_grad():
-                outputs = [x for x in self.forward() if x.requires_grad]
-                listed = list(self.tensors.items())
-                found = torch.autograd.grad(
-                    outputs, [t for _, t in listed], [cotangent(x) for x in outputs], allow_unused=True
-                )
-            self.slopes = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(listed, found, strict=True)}
         values = unit_values(self.slopes, consumers(draft), draft.count)
         return int((values > 0).sum()) * 2 > draft.count  # some neurons clip on every token
+
+    def silent(self) -> set[str]:
+        """Tensors that the output does not listen to, to first order: dead ones, and those that only make choices."""
+        return {name for name, slope in self.slopes.items() if not bool(slope.any())}
 
 
 def consumers(draft: Draft) -> list[Slot]:

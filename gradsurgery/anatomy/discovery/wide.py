@@ -21,12 +21,12 @@ class Wide(TorchFunctionMode):
     """Everything in float64: casts to narrower floating types go to float64 instead.
 
     Args:
-        scatter: Routers choose at random (always the same way), so that every expert has tokens.
+        scatter: Routers choose as good as at random, so that every expert has tokens.
     """
 
     def __init__(self, scatter: bool = False) -> None:
         super().__init__()
-        self.scatter, self.choices = scatter, 0
+        self.scatter = scatter
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return self.call(*widened(func, args, kwargs or {}))
@@ -37,19 +37,25 @@ class Wide(TorchFunctionMode):
         return func(*self.chosen(func, args), **kwargs)
 
     def chosen(self, func: Callable, args: tuple) -> tuple:
-        """The arguments of a choice among scores, with the scores shuffled if asked."""
+        """The arguments of a choice among scores, with the scores shuffled if asked.
+
+        The noise is a function of each score, so that what is chosen moves along when experts are permuted; a function
+        in steps, so that it does not amplify rounding.
+        """
         if not self.scatter or func not in _CHOICES or not args[0].is_floating_point():
             return args
-        self.choices += 1
-        generator = torch.Generator().manual_seed(self.choices)
-        noise = torch.rand(args[0].shape, generator=generator, dtype=args[0].dtype)
-        return (args[0] + 10 * noise * args[0].detach().nan_to_num(0, 0, 0).std().clamp_min(0.1), *args[1:])
+        scores = args[0].detach().nan_to_num(0, 0, 0)
+        spread = scores.std(correction=0).clamp_min(0.1)
+        steps = torch.round(scores / spread * 1e6)
+        return (args[0] + 10 * spread * torch.remainder(steps * 0.6180339887, 1), *args[1:])
 
 
 def widened(func: Callable, args: tuple, kwargs: dict) -> tuple[Callable, tuple, dict]:
     """The call with narrow floating types replaced by float64."""
     if func in _CASTS:
         return Tensor.to, (args[0], torch.float64), {}
+    if func is torch.view_as_complex:
+        return func, (args[0].contiguous(),), {}  # as a cast to float32 would have left it
     if any(a in _NARROW for a in args if isinstance(a, torch.dtype)):
         args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in _NARROW else a for a in args)
     if kwargs.get("dtype") in _NARROW:
