@@ -22,10 +22,11 @@ from .discovery.declared import Declared, declare
 from .discovery.draft import Draft
 from .discovery.emit import groups_from
 from .discovery.experts import expert_drafts
+from .discovery.forward import forward
 from .discovery.inputs import dummy_inputs, widen_inputs
 from .discovery.replica import learned, replica
 from .discovery.scale import Transfer, agree
-from .discovery.structure import structural_like, structural_of
+from .discovery.structure import CHOOSES, structural_like, structural_of
 from .discovery.trace import Trace
 from .discovery.twin import needs_twin, twin_of
 from .discovery.verdict import judged
@@ -88,7 +89,7 @@ def _examined(
     if needs_twin(model):
         try:
             return _by_twin(model, structural, layouts)
-        except AnatomyError as error:
+        except Exception as error:  # whatever a shrunken config leads to; the model itself may still be examined
             if any(p.is_meta for p in model.parameters()) or sum(p.numel() for p in model.parameters()) > LARGEST_COPY:
                 raise
             log.info("no tiny twin (%s); examining a copy of the model itself", error)
@@ -104,7 +105,20 @@ def _direct(
     copy = replica(model)
     _, seen, found, declared = _probed(copy, inputs, layouts)
     drafts = [*declared.spared(found), *declared.drafts]
-    return groups_from(drafts, copy), structural_of(copy, seen, drafts, structural)
+    why = structural_of(copy, seen, drafts, structural)
+    _require_length(model, inputs, why)
+    return groups_from(drafts, copy), why
+
+
+def _require_length(model: nn.Module, inputs: Mapping[str, Any] | None, why: dict[str, str]) -> None:
+    """Raise where one token was given: attention to itself alone has no queries and keys to speak of."""
+    given = [v for v in (inputs or {}).values() if isinstance(v, Tensor) and v.ndim > 1]
+    if CHOOSES in why.values() and any(1 in v.shape[1 : max(2, v.ndim - 1)] for v in given):
+        name = next(n for n, reason in why.items() if reason == CHOOSES)
+        raise AnatomyError(
+            f"{name} of {type(model).__name__} has no influence on inputs of one token, and neither have queries and "
+            "keys in general: give inputs of several tokens."
+        )
 
 
 def _by_twin(
@@ -134,7 +148,7 @@ def _probed(
 ) -> _Probed:
     """What a replica or a twin shows, without what declarations replace; experts stay, for they count neuron groups."""
     seen, fed = traced(copy, inputs)
-    declared = declare(layouts, copy, lambda: tensors_of(copy(**fed)), twin)
+    declared = declare(layouts, copy, lambda: forward(copy, fed, Wide()), twin)
     declared.explain(seen)
     return copy, seen, declared.spared(verified(copy, seen, fed), experts=False), declared
 
@@ -153,8 +167,7 @@ def traced(copy: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[Survey, d
     for batch in (2, 8, 32):
         fed = widen_inputs(inputs) if inputs is not None else dummy_inputs(copy, batch=batch)
         fresh = Trace(copy)
-        with fresh:
-            fresh_outputs = tensors_of(copy(**fed))
+        fresh_outputs = forward(copy, fed, fresh)
         if unread and fresh.unread() >= unread:
             if fresh.updates.known:  # weights are made in the forward, so this one cut off the trace before it
                 trace, outputs, used = fresh, fresh_outputs, fed
@@ -169,9 +182,7 @@ def verified(copy: nn.Module, seen: Survey, fed: dict[str, Any]) -> list[Draft]:
     """The drafts that survive their swap tests, experts included."""
 
     def run() -> list[Tensor]:
-        copy.train().eval()  # some models keep tables made from their weights while in eval mode
-        with Wide(scatter=True):
-            return tensors_of(copy(**fed))
+        return forward(copy, fed, Wide(scatter=True))
 
     tensors = {name: tensor for name, tensor, _ in learned(copy)}
     buffers = {name for name, _, is_buffer in learned(copy) if is_buffer}
@@ -180,14 +191,6 @@ def verified(copy: nn.Module, seen: Survey, fed: dict[str, Any]) -> list[Draft]:
     drafts = judged(seen.drafts, judge)
     experts = expert_drafts(drafts, tensors, buffers, judge)  # numbers the drafts of their neurons
     return [*drafts, *experts]
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The floating tensors at the top level of a model's output."""
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output
-    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 __all__ = ["Discovery", "discover"]

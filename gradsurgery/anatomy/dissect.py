@@ -53,16 +53,46 @@ def dissect(
         34
     """
     model = unwrap(model)
+    _require_parameters(model, inputs)
     space = ParameterSpace.of(model)
     _require_readable(model, space)
-    with _neutral():
-        found = discover(model, inputs, structural, layouts)
+    try:
+        with _neutral():
+            found = discover(model, inputs, structural, layouts)
+    except AnatomyError:
+        raise
+    except Exception as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise AnatomyError(
+            f"{type(model).__name__} could not be taken apart ({type(error).__name__}: {first}). Declare its units: "
+            "gs.dissect(model, layouts=[gs.Layout(…)]), or name the modules that may stay without: structural=[…]."
+        ) from error
     return Anatomy(space, found.groups, found.structural, found.seconds)
+
+
+def _require_parameters(model: nn.Module, inputs: object) -> None:
+    """Raise for models without parameters, or without shapes yet, and inputs that are no keyword arguments."""
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise AnatomyError(
+            f"inputs are the keyword arguments of one forward, {{name: value}}, not a {type(inputs).__name__}."
+        )
+    parameters = list(model.named_parameters())
+    if not parameters:
+        raise AnatomyError(f"{type(model).__name__} has no parameters, and so no units.")
+    lazy = next((name for name, p in parameters if isinstance(p, nn.parameter.UninitializedParameter)), None)
+    if lazy is not None:
+        raise AnatomyError(f"{lazy} is lazy and not initialized: run one forward of the model before dissecting it.")
 
 
 def _require_readable(model: nn.Module, space: ParameterSpace) -> None:
     """Raise where parameters are not there under their names and shapes."""
     base: Any = base_of(model)
+    scripted = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise AnatomyError(
+            f"{scripted or type(model).__name__} is a scripted module (torch.jit), whose products cannot be seen. "
+            "Dissect the model before it is scripted."
+        )
     if getattr(base, "is_quantized", False) and not space.quantised:
         method = getattr(base, "quantization_method", None)
         raise AnatomyError(
@@ -79,6 +109,13 @@ def _require_readable(model: nn.Module, space: ParameterSpace) -> None:
         raise AnatomyError(
             "DeepSpeed ZeRO-3 has taken the weights apart. Dissect the model before, or use FSDP2 (fully_shard)."
         )
+    weights = dict(base.named_parameters(remove_duplicate=False))
+    for one, other in (getattr(base, "all_tied_weights_keys", None) or {}).items():
+        if one in weights and other in weights and weights[one] is not weights[other] and weights[one].is_meta:
+            raise AnatomyError(
+                f"The config of {type(base).__name__} ties {one} to {other}, and they are not tied: transformers 5.0 "
+                "leaves that out where models are built on the meta device. Call model.tie_weights() first."
+            )
 
 
 @contextlib.contextmanager

@@ -78,9 +78,12 @@ def on_meta(config: Any, auto_class: str | None = None) -> nn.Module:
         maker = getattr(transformers, name)
         try:
             with torch.device("meta"):
-                return maker.from_config(config) if name.startswith("Auto") else maker(config)
+                model = maker.from_config(config) if name.startswith("Auto") else maker(config)
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
+            continue
+        model.tie_weights()  # transformers 5.0 leaves that out on meta
+        return model
     raise PlanError(
         f"{makers[-1]} does not build from a {type(config).__name__}: {reason[:200]} Try another --auto-class."
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from gradsurgery.data import MixedSampler, Rows, collate
@@ -111,6 +111,13 @@ def share_run(method: Method, data: OrderedRows, steps: int = 200) -> float:
     return share
 
 
+class _InOrder(SurgeryTrainer):
+    """Rows in their order: ``train_sampling_strategy="sequential"``, which transformers before 5.2 does not know."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
 class _Metrics(TrainerCallback):
     """Writes the Trainer's logs to the run's ``metrics.jsonl``, with tokens per second and FLOPs."""
 
@@ -192,7 +199,6 @@ def train(
         save_steps=config.save_every or 500,
         save_total_limit=1,
         seed=seed,
-        train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         use_cpu=not torch.accelerator.is_available(),  # without it ranks on CPUs would each train alone
@@ -201,7 +207,7 @@ def train(
         disable_tqdm=not folder.main,
     )
     metrics = _Metrics(folder, name, flops, tokens, held_back)
-    trainer = SurgeryTrainer(
+    trainer = _InOrder(
         model=model, args=arguments, method=method, train_dataset=data, data_collator=collate, callbacks=[metrics]
     )
     last = last_whole_checkpoint(checkpoints)

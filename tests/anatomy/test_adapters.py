@@ -13,6 +13,7 @@ from gradsurgery.errors import SelectionError
 from tests.anatomy.wrapped import ADAPTER, adapted, assert_untouched, base_units, inner_outputs, state_of
 from tests.zoo.builder import build
 from tests.zoo.check import check
+from tests.zoo.older import older_than
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -48,6 +49,8 @@ def latents(anatomy: gs.Anatomy, adapter: str) -> list:
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_units_of_the_base_and_ranks(case: str) -> None:
     name, config = ADAPTERS[case]
+    if case == "deepseek_v3" and older_than("5.13"):
+        pytest.skip("blocks of this transformers read a buffer of their router, which PEFT's wrapper hides")
     model = adapted(name, **config)
     before = state_of(model)
     anatomy = gs.dissect(model)

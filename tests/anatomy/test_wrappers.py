@@ -141,12 +141,14 @@ def test_compiled_models(way: str) -> None:
     torch._dynamo.reset()
 
 
-def on_meta(name: str, **changes: Any) -> nn.Module:
+def on_meta(name: str, **changes: Any) -> Any:
     import transformers
 
     auto, kind, fields = ZOO[name]
     with torch.device("meta"):
-        return getattr(transformers, auto).from_config(transformers.CONFIG_MAPPING[kind](**{**fields, **changes}))
+        model = getattr(transformers, auto).from_config(transformers.CONFIG_MAPPING[kind](**{**fields, **changes}))
+    model.tie_weights()  # transformers 5.0 leaves that out on meta
+    return model
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "deepseek_v3", "t5", "bert", "vit", "mamba2"])
@@ -154,6 +156,13 @@ def test_models_on_meta(name: str) -> None:
     model = on_meta(name)
     assert gs.dissect(model) == gs.dissect(build(name))
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_untied_models_on_meta_are_refused() -> None:
+    model = on_meta("gpt2")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # as transformers 5.0 builds it
+    with pytest.raises(AnatomyError, match=r"lm_head.*tie_weights"):
+        gs.dissect(model)
 
 
 def test_large_models_on_meta() -> None:

@@ -27,7 +27,9 @@ ROWS = 12
 
 
 def rows(count: int = ROWS) -> list[dict[str, Any]]:
+    """Rows of a batch, without the first label: nothing predicts it, but Trainers before transformers 5.10 count it."""
     whole = batch(count)
+    whole["labels"][:, 0] = -100
     return [{name: value[k] for name, value in whole.items()} for k in range(count)]
 
 
@@ -181,7 +183,8 @@ def test_the_callers_arguments_stay_and_a_clip_in_the_method_wins(tmp_path: Path
     )
     assert trainer.method.gradient == ()
     trainer.train()
-    assert all(entry["grad_norm"] > 0 for entry in trainer.state.log_history if "loss" in entry)  # the Trainer's own
+    if hasattr(Trainer, "_get_grad_norm"):  # the Trainer's own; before transformers 5.3, it logs only what it clips
+        assert all(entry["grad_norm"] > 0 for entry in trainer.state.log_history if "loss" in entry)
 
 
 def test_checkpoints_are_stock_and_resume_exactly(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from tests.zoo.fields import fields_of
+from tests.zoo.older import field_names, older
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ def config_of(kind: str, seed: int = 0, causal: bool = False) -> Any:
     shape = SHAPES[seed % len(SHAPES)]
     cls = transformers.CONFIG_MAPPING[kind]
     own = fields_of(kind, shape)
-    if causal and "is_decoder" in {field.name for field in fields(cls)}:
+    for name, value in older(kind, shape).items():
+        own[name] = own.get(name, {}) | value if isinstance(value, dict) else value
+    if causal and "is_decoder" in field_names(cls):
         own = {"is_decoder": True} | own
     return small(cls, shape, own)
 
@@ -112,7 +115,7 @@ def small(cls: type, shape: Shape, own: dict[str, Any]) -> Any:
     latent = bool(values.get("kv_lora_rank"))
     special = itertools.count(shape.vocabulary - 1, -1)
     made: dict[str, Any] = {}
-    for name in (field.name for field in fields(cls)):
+    for name in field_names(cls):
         value = values.get(name)
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             made[name] = small(type(value), shape, _choices(value) | own.get(name, {}))

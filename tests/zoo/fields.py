@@ -23,6 +23,12 @@ def _decoders(s: Shape) -> dict[str, dict[str, Any]]:
     pair = {"layer_types": [SLIDING, FULL, SLIDING, FULL], "num_hidden_layers": 4}
     even = {"num_attention_heads": 4 if s.heads == 5 else s.heads, "num_key_value_heads": 4 if s.heads == 5 else 2}
     rope = {"rope_type": "default", "rope_theta": 1e4}
+    windowed = {
+        "rel_extent": 16,
+        "swa_num_attention_heads": s.heads,
+        "swa_num_key_value_heads": s.kv,
+        "swa_head_dim": s.head_dim,
+    }
     swa: dict[str, Any] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
@@ -105,8 +111,8 @@ def _decoders(s: Shape) -> dict[str, dict[str, Any]]:
         "helium": {"head_dim": s.hidden // s.heads},
         "hunyuan_v1_dense": {"head_dim": s.head_dim},
         "hunyuan_v1_moe": {"head_dim": s.head_dim, "num_experts": s.experts, "moe_topk": 2},
-        "inkling_text": {"rel_extent": 16},
-        "inkling2_text": {"rel_extent": 16},
+        "inkling_text": windowed,
+        "inkling2_text": windowed,
         "jamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1},
         "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
         "lfm2": {"layer_types": ["conv", FULL] * 2, "num_hidden_layers": 4},
@@ -128,8 +134,6 @@ def _decoders(s: Shape) -> dict[str, dict[str, Any]]:
         "roc_bert": {"shape_vocab_size": 31, "pronunciation_vocab_size": 37},
         "xlnet": {"d_head": s.hidden // s.heads},
         "xmod": {"default_language": "en_XX"},
-        "zamba": {"layers_block_type": [LINEAR, "hybrid", LINEAR, "hybrid"], "num_hidden_layers": 4},
-        "zamba2": {"layers_block_type": [LINEAR, "hybrid", LINEAR, "hybrid"], "num_hidden_layers": 4},
     }
 
 

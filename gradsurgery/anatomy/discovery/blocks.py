@@ -14,6 +14,9 @@ from .node import Node, cotangent
 from .partition import Inner, block_of, inner_lists
 from .trace import Trace
 
+SPARSE = "reached in part"
+"""Much of the tensor meets none of the inputs: a table by distance, say, of which they show the first rows."""
+
 
 @dataclass
 class Survey:
@@ -37,8 +40,9 @@ def survey(model, trace: Trace, outputs: list[Tensor]) -> Survey:  # type: ignor
     """Couple every block of a traced model."""
     blocks = block_of(model)
     reach = reach_of(trace, outputs, blocks)
-    inner = inner_lists(trace, reach, blocks)
-    if inner:
+    inner: Inner = frozenset()
+    while more := inner_lists(trace, reach, blocks):
+        inner |= more
         blocks = block_of(model, inner)
         reach = reach_of(trace, outputs, blocks)
     seen = Survey(trace, blocks, reach, inner)
@@ -59,30 +63,36 @@ def couple(seen: Survey, block: str, nodes: list[Node], biases: dict[str, tuple[
     tensors = {name: t for name, t in seen.trace.tensors.items() if seen.blocks[name] == block}
     private = {name: mask for name in tensors if (mask := seen.reach.private(name)) is not None}
     weights = {read.name for node in seen.trace.nodes.values() for read in node.reads}
+    named = frozenset(read.bias for node in seen.trace.nodes.values() for read in node.reads if read.bias is not None)
+    for node in nodes:
+        node.biases = named
     lines = [lines_into(node, block, tensors, private, seen.known) for node in nodes]
     forget_lone_restrictions(lines)
-    found = Findings()
+    sparse = frozenset(name for name in tensors if name in weights and seen.reach.sparse(name))
+    sparse |= {biases[name][0] for name in sparse if name in biases}
+    found_sparse = dict.fromkeys(sparse, SPARSE)
+    found = Findings(structural=found_sparse)
     clusters = clusters_of(nodes, lines)
     for cluster in clusters:
         written = {line.name for part in cluster.lines for line in part if line.name in weights}
         if not written:
             continue  # a norm's gains write the columns of the residual stream
         elsewhere = {name for other in clusters if other is not cluster for name in _local(other)}
-        drafts = drafts_of(cluster, block, biases, weights, elsewhere)
+        drafts = drafts_of(cluster, block, biases, weights, elsewhere, sparse)
         if not drafts:
             continue
-        if drafts[0].kind == "neuron" and all(is_linear(node.tensor) for node in cluster.nodes):
-            drafts = [replace(draft, kind="latent") for draft in drafts]
-        if not any(_writes_out(seen, read.name) for node in cluster.nodes for read in node.reads):
-            found.structural.update((name, "latent") for name in _local(cluster) if name in private)
-            found.drafts.extend(drafts)
-            continue
+        if all(is_linear(node.tensor) for node in cluster.nodes):
+            drafts = [replace(draft, kind="latent") for draft in drafts if draft.parent is None]
+            if not any(_writes_out(seen, read.name) for node in cluster.nodes for read in node.reads):
+                found.structural.update((name, "latent") for name in _local(cluster) if name in private)
+                found.drafts.extend(drafts)
+                continue
         if drafts[0].kind == "neuron" and any(_foreign(seen, node, block) for node in cluster.nodes):
             found.structural.update((name, "joined with other inputs") for name in _local(cluster) if name in private)
             continue
         found.drafts.extend(drafts)
         own, common = claimed(cluster, weights)
-        found.claimed |= own - elsewhere
+        found.claimed |= {name: mask for name, mask in own.items() if name not in elsewhere}
         found.common |= common - elsewhere
     return found
 

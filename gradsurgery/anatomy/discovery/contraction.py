@@ -75,6 +75,19 @@ def _einsum(equation: str, *operands: Tensor) -> Product | None:
     return Product(1, 2, contracted, [pair(letter) for letter in both if letter in kept])
 
 
+def _inner(x: Tensor, w: Tensor) -> Product:
+    return Product(0, 1, [(x.ndim - 1, w.ndim - 1)], [])
+
+
+def _tensordot(x: Tensor, w: Tensor, dims: object = 2, *_: object) -> Product | None:
+    if isinstance(dims, int):
+        return Product(0, 1, [(x.ndim - dims + i, i) for i in range(dims)], [])
+    if not isinstance(dims, (list, tuple)) or len(dims) != 2:
+        return None
+    left, right = ([d] if isinstance(d, int) else list(d) for d in dims)
+    return Product(0, 1, [(a % x.ndim, b % w.ndim) for a, b in zip(left, right, strict=True)], [])
+
+
 PRODUCTS: dict[Callable, Callable[..., Product | None]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
@@ -89,6 +102,9 @@ PRODUCTS: dict[Callable, Callable[..., Product | None]] = {
     torch.baddbmm: _addmm,
     Tensor.baddbmm: _addmm,
     torch.einsum: _einsum,
+    torch.inner: _inner,
+    Tensor.inner: _inner,
+    torch.tensordot: _tensordot,
     F.conv1d: _conv,
     F.conv2d: _conv,
     F.conv3d: _conv,
@@ -96,7 +112,7 @@ PRODUCTS: dict[Callable, Callable[..., Product | None]] = {
     F.conv_transpose2d: _conv_transpose,
 }
 
-_KEYWORDS = {"input": 0, "weight": 1, "bias": 2, "other": 1, "batch1": 1, "batch2": 2, "mat1": 1}
+_KEYWORDS = {"input": 0, "weight": 1, "bias": 2, "other": 1, "batch1": 1, "batch2": 2, "mat1": 1, "dims": 2}
 
 
 def positional(args: tuple, kwargs: dict) -> tuple[list, dict]:

@@ -20,6 +20,8 @@ from .trace import Trace
 
 WIDE = 48
 _CHUNK = 32
+_ROUNDING = 1e-14
+"""Share of the largest gradient that is noise in a bias: its key part, if it is fused, is nothing else."""
 
 
 @dataclass
@@ -51,6 +53,14 @@ class Reach:
     inside: dict[str, Tensor] = field(default_factory=dict)
     leaks: dict[str, Tensor] = field(default_factory=dict)
     ends: set[str] = field(default_factory=set)
+
+    def sparse(self, name: str) -> bool:
+        """Whether more than a quarter of the rows of a matrix have no gradient anywhere."""
+        found = [mask for mask in (self.inside.get(name), self.leaks.get(name)) if mask is not None]
+        if not found or found[0].ndim != 2:
+            return False
+        rows = torch.stack(found).any(0).any(1)
+        return bool(rows.any()) and int((~rows).sum()) * 4 > len(rows)
 
     def private(self, name: str) -> Tensor | None:
         """Mask of the entries that only their own block reads, ``None`` if there are none."""
@@ -121,7 +131,7 @@ def _hold(lines: list[Lines], node: Node, tensors: dict[str, Tensor], private: d
     """Whether lines seen elsewhere hold for two columns of an activation: other heads may have equal shapes."""
     columns = [node.columns // 2, node.columns - 1]
     hits = _hits(node, columns, tensors, private)
-    for line in lines:
+    for line in [line for line in lines if line.dims]:  # a number of its own writes every column
         for place, column in enumerate(columns):
             written = line.sets[column].reshape([line.shape[d] for d in line.dims])
             for axis, dim in enumerate(line.dims):
@@ -162,8 +172,9 @@ def _hits(
     grads, _ = backward(node.tensor, list(tensors.values()), seeds, batched=True)
     found: dict[str, list[np.ndarray]] = {}
     for (name, tensor), grad in zip(tensors.items(), grads, strict=True):
-        mask = torch.nan_to_num(grad) != 0 if grad is not None else torch.zeros(len(seeds), *tensor.shape)
-        mask = mask.bool() & private[name]
+        size = torch.zeros(len(seeds), *tensor.shape) if grad is None else torch.nan_to_num(grad).abs()
+        least = _ROUNDING * size.max() if name in node.biases else 0.0
+        mask = (size > least) & private[name]
         sides = [tuple(d + 1 for d in range(tensor.ndim) if d != dim) for dim in range(tensor.ndim)]
         found[name] = [(mask.any(dim=others) if others else mask).numpy() for others in sides]
     return found

@@ -38,7 +38,7 @@ class Declared:
         """Let a survey know what is declared: what a pattern leaves out of a tensor is declared to be in no unit."""
         held = {name for draft in self.drafts for slot in draft.slots for name in _names(slot)}
         for findings in seen.findings.values():
-            findings.claimed -= held
+            findings.claimed = {name: mask for name, mask in findings.claimed.items() if name not in held}
 
     def spared(self, drafts: list[Draft], experts: bool = True) -> list[Draft]:
         """The discovered drafts that no declaration overlaps; without ``experts``, experts stay in any case."""

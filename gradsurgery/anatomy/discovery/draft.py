@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -51,10 +52,14 @@ class Draft:
         def move(name: str) -> str:
             return new + name[len(old) :] if name.startswith(old + ".") else name
 
+        return self.each(move)
+
+    def each(self, move: Callable[[str], str]) -> Draft:
+        """The same units under other names."""
         slots = tuple(
             replace(s, name=move(s.name) if isinstance(s.name, str) else tuple(map(move, s.name))) for s in self.slots
         )
-        parent = self.parent.renamed(old, new) if self.parent is not None else None
+        parent = self.parent.each(move) if self.parent is not None else None
         block = move(self.block + ".")[:-1] if self.block else self.block
         return replace(
             self,
@@ -73,13 +78,13 @@ class Findings:
     Args:
         drafts: Candidate units.
         structural: Parameters explained without units: name -> why.
-        claimed: Tensors that write single units, and so must be in some.
+        claimed: Entries that write single units, and so must be in some: name -> mask that broadcasts to the tensor.
         common: Weights that write several units, and so are in a group of them or are shared by units that hold.
     """
 
     drafts: list[Draft] = field(default_factory=list)
     structural: dict[str, str] = field(default_factory=dict)
-    claimed: set[str] = field(default_factory=set)
+    claimed: dict[str, np.ndarray] = field(default_factory=dict)
     common: set[str] = field(default_factory=set)
 
 

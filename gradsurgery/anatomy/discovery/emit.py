@@ -25,7 +25,8 @@ def _group(draft: Draft, lists: set[str], buffers: set[str]) -> UnitGroup:
     consumers = tuple(k for k, s in enumerate(draft.slots) if s.role == "consumer")
     parent = name_of(draft.parent) if draft.parent is not None else None
     classes = draft.classes or (0,) * draft.count
-    layer = layer_of(name, lists)
+    first = draft.slots[0].name  # a channel that the next layer reads belongs to the layer that writes it
+    layer = layer_of(name, lists) or layer_of(first if isinstance(first, str) else first[0], lists)
     return UnitGroup(
         draft.kind, name, layer, footprints, consumers, classes, draft.closed, parent, draft.parent_units, draft.riders
     )

@@ -101,9 +101,19 @@ def _share(a: Lines, b: Lines) -> bool:
 
 
 def drafts_of(
-    cluster: Cluster, block: str, biases: dict[str, tuple[str, int]], weights: set[str], elsewhere: set[str]
+    cluster: Cluster,
+    block: str,
+    biases: dict[str, tuple[str, int]],
+    weights: set[str],
+    elsewhere: set[str],
+    sparse: frozenset[str] = frozenset(),
 ) -> list[Draft]:
-    """Units of a cluster, finest last; empty where nothing is local."""
+    """Units of a cluster, finest last; empty where nothing is local.
+
+    ``sparse``: tensors much of which these inputs do not reach; what of them belongs to a unit cannot be said.
+
+    Columns side by side that different weights write (a concatenation) are groups of their own.
+    """
     sets = cluster.sets()
     local = [matrix[:, matrix.any(0)] for name, (_, matrix, _) in sets.items() if name in weights]
     every = np.concatenate(local, axis=1) if local else np.zeros((cluster.columns, 0), dtype=bool)
@@ -111,35 +121,53 @@ def drafts_of(
         return []
     families, counts = unique_columns(every)
     coarse = _components(families)
+    together = np.concatenate([families, np.stack([written.any(1) for written in local], axis=1)], axis=1)
+    maker = _Maker(cluster, sets, block, biases, elsewhere, sparse)
+    parts = _components(together)
+    found = []
+    for part in np.unique(parts):
+        inside = (families & (parts == part)[:, None]).any(0)
+        labels = np.where(parts == part, coarse, -1)
+        if inside.any():
+            found.extend(_part(maker, families[:, inside], counts[inside], labels, weights))
+    return found
+
+
+def _part(
+    maker: _Maker, families: np.ndarray, counts: np.ndarray, coarse: np.ndarray, weights: set[str]
+) -> list[Draft]:
+    """Units of the columns of a cluster that have a label."""
+    cluster, sets = maker.cluster, maker.sets
+    inside = coarse >= 0
     reads = {read.name for node in cluster.nodes for read in node.reads}
-    dense = {name for name, (lines, _, mask) in sets.items() if mask.any() and name not in reads}
+    dense = {name for name, (_, _, mask) in sets.items() if mask[inside].any() and name not in reads}
     sizes = _sizes(families, cluster.nodes)
-    maker = _Maker(cluster, sets, block, biases, elsewhere)
+    units = len(tiles_from_labels(coarse))
     if sizes.max() <= 1:
-        written = {n for n in dense if not sets[n][1].any() and len(sets[n][0].shape) > 1}
+        written = {n for n in dense if not sets[n][1][inside].any() and len(sets[n][0].shape) > 1}
         if written:  # one head only: its queries and keys write every column
-            return [maker.draft("head", np.zeros(cluster.columns, dtype=int), shared=True)]
-        joined = maker.joined(coarse)
-        if 1 < len(np.unique(joined)) < len(np.unique(coarse)):
-            return [maker.draft("head", joined)]  # blocks of a block-diagonal weight
+            return [maker.draft("head", np.where(inside, 0, -1), shared=True)]
+        met_units = maker.joined(coarse)
+        if 1 < len(tiles_from_labels(met_units)) < units:
+            return [maker.draft("head", met_units)]  # blocks of a block-diagonal weight
         return maker.by_expert(maker.draft("neuron", coarse), coarse)
-    fine = _finest(families, counts, sizes, cluster.nodes)
-    common = {n for n in dense - elsewhere if n in weights and len(sets[n][0].shape) > 1}
-    if fine is None or len(tiles_from_labels(fine)) == len(np.unique(coarse)):
-        if not common or len(np.unique(coarse)) == 1:
-            return [maker.draft("head", coarse, shared=len(np.unique(coarse)) == 1)]
-        fine, coarse = coarse, np.zeros_like(coarse)  # rows that all heads share make them one group
+    fine = _finest(families, counts, sizes, cluster.nodes, inside)
+    common = {n for n in dense - maker.elsewhere if n in weights and len(sets[n][0].shape) > 1}
+    if fine is None or len(tiles_from_labels(fine)) == units:
+        if not common or units == 1:
+            return [maker.draft("head", coarse, shared=units == 1)]
+        fine, coarse = coarse, np.where(inside, 0, -1)  # rows that all heads share make them one group
     parents = [int(coarse[tile[0]]) for tile in tiles_from_labels(fine)]
-    order = list(dict.fromkeys(coarse.tolist()))
+    order = list(dict.fromkeys(coarse[inside].tolist()))
     group = maker.draft("kv_group", coarse, shared=len(order) == 1)
     heads = maker.draft("head", fine)
-    units = tuple(order.index(p) for p in parents)
+    parent_units = tuple(order.index(p) for p in parents)
     shapes = maker.shapes()
     held = {str(s.name): _entries(s, shapes[str(s.name)], heads.count) for s in heads.slots if s.role == "producer"}
     produced = [s for s in group.slots if s.role == "producer"]
     if all(_entries(s, shapes[str(s.name)], group.count) <= held.get(str(s.name), 0) for s in produced):
         return [heads]
-    return [group, replace(heads, parent=group, parent_units=units)]
+    return [group, replace(heads, parent=group, parent_units=parent_units)]
 
 
 def _entries(slot: Slot, shape: tuple[int, ...], count: int) -> int:
@@ -176,7 +204,9 @@ def _components(families: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _finest(families: np.ndarray, counts: np.ndarray, sizes: np.ndarray, nodes: list[Node]) -> np.ndarray | None:
+def _finest(
+    families: np.ndarray, counts: np.ndarray, sizes: np.ndarray, nodes: list[Node], inside: np.ndarray
+) -> np.ndarray | None:
     """Labels of the finest tiling by private lines: contiguous tiles first, then those that many lines share.
 
     Tiles cover an activation or leave it alone (-1): what else reads the values is no part of a single head.
@@ -188,28 +218,31 @@ def _finest(families: np.ndarray, counts: np.ndarray, sizes: np.ndarray, nodes: 
         for contiguous in (True, False):
             chosen = (families.sum(0) == size) & (sizes > 1) & ((runs == runs.min()) == contiguous)
             tiles, weight = families[:, chosen], counts[chosen].min(initial=10**9)
-            covered = [tiles[a:b].sum(1) for a, b in pairwise(starts)]
+            covered = [tiles[a:b].sum(1)[inside[a:b]] for a, b in pairwise(starts)]
             if chosen.any() and all((part == 1).all() or not part.any() for part in covered):
-                missed = np.concatenate(covered) == 0
+                missed = tiles.sum(1) == 0
                 labels = np.where(missed, -1, tiles.argmax(1))
+                missed = missed & inside
                 candidates.append((not contiguous, not contiguous and weight < 2, missed.any(), size, labels))
     if not candidates:
         return None
     return min(candidates, key=lambda c: c[:4])[4]
 
 
-def claimed(cluster: Cluster, weights: set[str]) -> tuple[set[str], set[str]]:
-    """Names of tensors with lines that write one unit only, and of weights that write several: no bystanders."""
+def claimed(cluster: Cluster, weights: set[str]) -> tuple[dict[str, np.ndarray], set[str]]:
+    """Entries that write one unit only (a mask that broadcasts to the tensor), and weights that write several."""
     sets = cluster.sets()
     local = [matrix[:, matrix.any(0)] for name, (_, matrix, _) in sets.items() if name in weights]
     labels = _components(unique_columns(np.concatenate(local, axis=1))[0])
     whole = labels.max() == labels.min()
-    own, common = set(), set()
+    own: dict[str, np.ndarray] = {}
+    common = set()
     for name, (lines, matrix, dense) in sets.items():
         some = matrix.any(0)
-        spans = [len(np.unique(labels[column])) for column in (matrix | dense)[:, some].T]
-        if spans and min(spans) == 1 and not (whole and name not in weights):
-            own.add(name)
+        spans = np.array([len(np.unique(labels[column])) for column in (matrix | dense).T])
+        if some.any() and spans[some].min() == 1 and not (whole and name not in weights):
+            shape = [n if d in lines.dims else 1 for d, n in enumerate(lines.shape)]
+            own[name] = (some & (spans == 1)).reshape(shape)
         elif name in weights and len(lines.shape) > 1 and (dense.any() or some.any()):
             common.add(name)
     return own, common
@@ -219,9 +252,16 @@ class _Maker:
     """Turn labels of columns into slots: the lines inside each tile, and the columns that read it."""
 
     def __init__(
-        self, cluster: Cluster, sets: dict, block: str, biases: dict[str, tuple[str, int]], elsewhere: set
+        self,
+        cluster: Cluster,
+        sets: dict,
+        block: str,
+        biases: dict[str, tuple[str, int]],
+        elsewhere: set,
+        sparse: frozenset[str],
     ) -> None:
-        self.cluster, self.sets, self.block, self.biases, self.elsewhere = cluster, sets, block, biases, elsewhere
+        self.cluster, self.sets, self.block, self.biases = cluster, sets, block, biases
+        self.elsewhere, self.sparse = elsewhere, sparse
 
     def bias_shapes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -232,7 +272,7 @@ class _Maker:
         """The labels with units joined that meet in one entry of a weight: what one writes and another reads."""
         tiles = tiles_from_labels(labels)
         units = met([*self._producers(tiles, False), *self._consumers(tiles)], self.shapes(), len(tiles))
-        found = np.zeros_like(labels)
+        found = np.full_like(labels, -1)
         for tile, unit in zip(tiles, units, strict=True):
             found[tile] = unit
         return found
@@ -263,6 +303,8 @@ class _Maker:
     def _producers(self, tiles: list[np.ndarray], shared: bool) -> list[Slot]:
         slots = []
         for name, (lines, matrix, dense) in self.sets.items():
+            if name in self.sparse:
+                continue
             inside = _inside(matrix, dense, tiles)
             if shared and name not in self.elsewhere and (matrix.any() or len(lines.shape) > 1):
                 inside = [written | dense.any(0) for written in inside]
@@ -271,7 +313,7 @@ class _Maker:
                 slots.append(Slot(name, index))
         for slot in list(slots):
             if slot.name in self.biases:  # the gradient of a key bias is rounding noise, so it follows its weight
-                bias, dim = self.biases[slot.name]
+                bias, dim = self.biases[str(slot.name)]
                 slots = [s for s in slots if s.name != bias]
                 slots.append(Slot(bias, {0: slot.index[dim]} if dim in slot.index else {}))
         return slots
@@ -318,12 +360,8 @@ class _Maker:
 def _inside(matrix: np.ndarray, dense: np.ndarray, tiles: list[np.ndarray]) -> list[np.ndarray]:
     """Per tile, ``bool [lines]``: writes columns of this tile only, in any activation."""
     every = matrix | dense
-    found = []
-    for tile in tiles:
-        outside = np.ones(len(matrix), dtype=bool)
-        outside[tile] = False
-        found.append(matrix[tile].any(0) & ~every[outside].any(0))
-    return found
+    total = every.sum(0)
+    return [matrix[tile].any(0) & (every[tile].sum(0) == total) for tile in tiles]
 
 
 def _rectangle(per_unit: list[np.ndarray], lines: Lines) -> Index | None:

@@ -17,6 +17,16 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {name: shape_of(tensor) for name, tensor in named}
 
 
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """Every other name of a tied weight -> its first one."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            found[name] = first[id(parameter)]
+    return found
+
+
 def natural_of(name: str) -> tuple:
     return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split("."))
 
@@ -28,6 +38,28 @@ def canonical_of(name: str) -> str:
 def signature_of(block: str, shapes: Shapes) -> tuple:
     inner = frozenset(canonical_of(n[len(block) :]) for n in shapes if is_under(n, block)) if block else frozenset()
     return canonical_of(block), inner
+
+
+def lengths_of(shapes: Shapes) -> dict[str, int]:
+    """Lengths of the lists of modules in which named tensors lie, by path."""
+    lengths: dict[str, int] = {}
+    for name in shapes:
+        parts = name.split(".")
+        for i, part in enumerate(parts):
+            if part.isdigit():
+                path = ".".join(parts[:i])
+                lengths[path] = max(lengths.get(path, 0), int(part) + 1)
+    return lengths
+
+
+def within(shapes: Shapes) -> dict[str, list[str]]:
+    """Names of the tensors in every module, ``""`` for all."""
+    found: dict[str, list[str]] = {"": list(shapes)}
+    for name in shapes:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            found.setdefault(".".join(parts[:i]), []).append(name)
+    return found
 
 
 def is_under(name: str, block: str) -> bool:

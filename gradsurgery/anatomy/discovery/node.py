@@ -41,6 +41,8 @@ class Node:
     tensor: Tensor
     dims: tuple[int, ...]
     reads: list[Read] = field(default_factory=list)
+    biases: frozenset[str] = frozenset()
+    """Biases of the products around it."""
     shared: int = 0
     """How many matrices a batched product reads the activation with, 0 for a plain one."""
 

@@ -49,13 +49,14 @@ def _is_list(module: nn.Module) -> bool:
 
 
 def inner_lists(trace: Trace, reach: Reach, blocks: dict[str, str]) -> Inner:
-    """Lists whose elements hand what they write to one reader in the module around the list.
+    """Lists whose elements hand what they write to one other element, or to the module around the list.
 
     What writes the residual stream is heard by all that follows, by the end of the model too.
     """
     lists: dict[str, set[str]] = defaultdict(set)
+    whole = _whole(trace, blocks)
     for name in reach.leaks:
-        if blocks[name] and name not in reach.ends:
+        if blocks[name] not in whole and name not in reach.ends:
             lists[canonical_of(blocks[name].rpartition(".")[0])].add(name)
     if not lists:
         return frozenset()
@@ -69,14 +70,23 @@ def inner_lists(trace: Trace, reach: Reach, blocks: dict[str, str]) -> Inner:
     return frozenset(path for path, names in lists.items() if _hands_on(names, heard, blocks))
 
 
+def _whole(trace: Trace, blocks: dict[str, str]) -> set[str]:
+    """Elements that may hold a layer of their own: more than two matrices, unless all are filters of images."""
+    matrices: dict[str, list[int]] = defaultdict(list)
+    for name, tensor in trace.tensors.items():
+        if tensor.ndim > 1:
+            matrices[blocks[name]].append(tensor.ndim)
+    return {""} | {block for block, ndims in matrices.items() if len(ndims) > 2 and min(ndims) < 4}
+
+
 def _hands_on(names: set[str], heard: dict[str, set[tuple[str, ...]]], blocks: dict[str, str]) -> bool:
-    """Whether what the elements of a list write is read by one reader each, next to the list; or else farther away."""
+    """Whether what the elements of a list write is read in one place each, next to the list; or else farther away."""
     handed = False
     for name in names:
         around = blocks[name].rpartition(".")[0].rpartition(".")[0]
         if not around or not all(is_under(reader, around) for readers in heard[name] for reader in readers):
             continue
-        if len(heard[name]) > 1:
+        if len({blocks[reader] for readers in heard[name] for reader in readers}) > 1:
             return False
         handed = True
     return handed

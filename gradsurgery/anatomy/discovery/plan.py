@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -24,28 +25,37 @@ class Plan:
 
     def __init__(self, drafts: list[Draft], small: Shapes, large: Shapes, heads: dict[int, int], fused: bool) -> None:
         self.small, self.large, self.heads = small, large, heads
+        self.order = drafts
         self.experts = [d for d in drafts if d.kind == "expert"]
         self.members = sorted((d for d in drafts if d.expert is not None and fused), key=lambda d: d.expert or 0)
         self.plain = [d for d in drafts if d.kind != "expert" and not (d.expert is not None and fused)]
         self.counts: dict[str, int] = {}
-        self.lengths: dict[int, int] = {1: 1}
+        self.lengths: dict[tuple[str, ...], dict[int, int]] = {}
 
     def drafts(self) -> list[Draft]:
         self._learn_lengths()
-        found = [self._scaled(draft) for draft in self.plain]
-        groups = {d.kind: d for d in found}
-        found = [
-            replace(d, parent=groups["kv_group"]) if d.parent is not None and "kv_group" in groups else d for d in found
-        ]
+        found = {id(draft): self._scaled(draft) for draft in self.plain}
+        groups = {_names(d): found[id(d)] for d in self.plain if d.kind == "kv_group"}
         experts = [carried_experts(draft, self.small, self.large) for draft in self.experts]
-        found.extend(experts)
-        if self.members:
-            own = {s.name for s in self.members[0].slots}
-            total = next((d.count for d in experts if own <= {s.name for s in d.slots}), None)
-            if total is None:
-                raise AnatomyError(f"{self.members[0].block}: neurons of experts without experts")
-            found.extend(carried_members(self.members, total, self.small, self.large))
-        return found
+        ordered: list[Draft] = []
+        told = False
+        for draft in self.order:
+            if id(draft) in found:
+                own = found[id(draft)]
+                shared = groups.get(_names(own.parent)) if own.parent is not None else None
+                ordered.append(replace(own, parent=shared) if shared is not None else own)
+            elif any(draft is m for m in self.members) and not told:
+                ordered.extend(self._members(experts))
+                told = True
+        return [*ordered, *experts]
+
+    def _members(self, experts: list[Draft]) -> Iterator[Draft]:
+        """Neurons of experts that share tensors."""
+        own = {s.name for s in self.members[0].slots}
+        total = next((d.count for d in experts if own <= {s.name for s in d.slots}), None)
+        if total is None:
+            raise AnatomyError(f"{self.members[0].block}: neurons of experts without experts")
+        return carried_members(self.members, total, self.small, self.large)
 
     def _learn_lengths(self) -> None:
         """Solve the run lengths one by one: tensors with one unknown first."""
@@ -75,11 +85,15 @@ class Plan:
         return replace(draft, slots=tuple(slots), count=count, parent_units=parents, classes=classes)
 
     def _count(self, draft: Draft) -> int:
-        if draft.kind in ("head", "kv_group"):
-            if not self.heads.get(draft.count):
-                raise AnatomyError(f"{draft.block}: the number of {draft.kind}s at real size is unknown")
-            return self.heads[draft.count]
-        return count_at(draft, self.small, self.large)
+        """Units at real size: where a tensor has one line a unit its shape says so, else the config's head counts."""
+        try:
+            return count_at(draft, self.small, self.large)
+        except AnatomyError:
+            if draft.kind not in ("head", "kv_group"):
+                raise
+        if not self.heads.get(draft.count):
+            raise AnatomyError(f"{draft.block}: the number of {draft.kind}s at real size is unknown")
+        return self.heads[draft.count]
 
     def _families(self, name: str, draft: Draft) -> dict[str, Draft]:
         """The groups that share a tensor with ``draft``, finest first."""
@@ -108,21 +122,22 @@ class Plan:
                 parents = blocks_at(member.parent_units, counts[label], self._count(member.parent))
                 real_groups[label] = np.array(parents)
         runs = runs_of(size, owners, groups)
-        lengths = self._solve(lengths_of(runs), counts, real, name, neuron=draft.kind not in ("head", "kv_group"))
+        family = _family(draft) if draft.kind in ("head", "kv_group") else None
+        lengths = self._solve(lengths_of(runs), counts, real, name, family)
         starts, filled = starts_in(runs, lengths, counts, real_groups)
         if filled != real:
             raise AnatomyError(f"{name}: units fill {filled} of {real} entries of dimension {dim}")
         return self._collect(draft, families, starts, lengths, real_groups, count)
 
     def _solve(
-        self, small: dict[Part, int], counts: dict[str, int], real: int, name: str, neuron: bool
+        self, small: dict[Part, int], counts: dict[str, int], real: int, name: str, family: tuple[str, ...] | None
     ) -> dict[Part, int]:
         """Real run lengths: known ones by their length in the twin, at most one unknown from the size."""
-        if neuron:
+        if family is None:
             unknown = {length for part, length in small.items() if not part[0]}
             table = {length: length for part, length in small.items() if part[0]}
         else:
-            table = self.lengths
+            table = self.lengths.setdefault(family, {1: 1})
             unknown = {length for part, length in small.items() if length not in table or not part[0]}
         known = sum(counts.get(p[0], 1) * table[n] for p, n in small.items() if n not in unknown)
         if len(unknown) > 1:
@@ -134,8 +149,8 @@ class Plan:
             solved = {unknown.pop(): (real - known) // weight}
         else:
             solved = {}
-        if not neuron:
-            self.lengths.update(solved)
+        if family is not None:
+            table.update(solved)
         table = {**table, **solved}
         return {part: table[length] for part, length in small.items()}
 
@@ -155,3 +170,12 @@ class Plan:
                 order = np.argsort(groups[part[0]], kind="stable")
                 columns.append(positions[order].reshape(count, -1))
         return np.sort(np.concatenate(columns, axis=1), axis=1).astype(np.int64)
+
+
+def _family(draft: Draft) -> tuple[str, ...]:
+    """The consumers of a group of heads, which those that share keys and values have in common."""
+    return tuple(sorted(str(s.name) for s in draft.slots if s.role == "consumer"))
+
+
+def _names(draft: Draft) -> tuple[str, ...]:
+    return tuple(str(s.name) for s in draft.slots)

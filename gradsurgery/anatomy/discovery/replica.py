@@ -61,7 +61,9 @@ def prepare(twin: nn.Module, seed: int = 0) -> nn.Module:
     activate_adapters(twin)
     for module in twin.modules():
         for hooks in _HOOKS:
-            getattr(module, hooks, {}).clear()
+            held = getattr(module, hooks, {})
+            for key in [k for k, hook in held.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
+                held.pop(key)  # those of torch make the weight (weight norm, pruning)
         if "_old_forward" in vars(module):  # accelerate's dispatch, which moves inputs and weights about
             module.__dict__["forward"] = module._old_forward
         if isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):  # compiled layer by layer
@@ -110,11 +112,14 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    filters = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     for _, tensor, is_buffer in learned(model):
         values = torch.nan_to_num(tensor.detach(), nan=0.0, posinf=0.0, neginf=0.0)
         spread = float(values.std()) if values.numel() > 1 else 0.0
         fan_in = tensor.shape[-1] if tensor.ndim > 1 else 10
-        if tensor.ndim > 2:
+        if id(tensor) in filters:
+            fan_in = tensor[0].numel()
+        elif tensor.ndim > 2:
             fan_in = max(fan_in, tensor.shape[1])
         noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
         if is_buffer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 from torch import nn
@@ -16,7 +17,18 @@ from torch import nn
 from gradsurgery.errors import AnatomyError
 
 from .draft import Draft
-from .names import config_of, enclosing_of, is_under, natural_of, shapes_of, signature_of
+from .names import (
+    aliases_of,
+    canonical_of,
+    config_of,
+    enclosing_of,
+    is_under,
+    lengths_of,
+    natural_of,
+    shapes_of,
+    signature_of,
+    within,
+)
 from .partition import Inner, block_of
 from .plan import Plan
 from .shrink import head_counts
@@ -35,15 +47,21 @@ class Transfer:
     def __init__(self, twin: nn.Module, model: nn.Module, drafts: list[Draft], inner: Inner = frozenset()) -> None:
         self.twin, self.model = twin, model
         self.small, self.large = shapes_of(twin), shapes_of(model)
+        self.within = within(self.large)
         self.drafts = drafts
         self.by_block: dict[str, list[Draft]] = defaultdict(list)
         blocks, self.blocks = set(block_of(twin, inner).values()), block_of(model, inner)
+        self.ranks: dict[str, int] = {}
         for draft in drafts:
-            self.by_block[enclosing_of(draft.block, blocks)].append(draft)
+            block = enclosing_of(draft.block, blocks)
+            self.by_block[block].append(draft)
+            self.ranks.setdefault(canonical_of(block), len(self.ranks))
+        self.shared = aliases_of(twin), aliases_of(model)
         self.signatures: dict[tuple, list[str]] = defaultdict(list)
         for block in sorted(blocks, key=natural_of):
             self.signatures[signature_of(block, self.small)].append(block)
-        self.cache: dict[tuple, list[Draft]] = {}
+        self.cache: dict[tuple, tuple[str, list[Draft]]] = {}
+        self.lengths = lengths_of(self.small), lengths_of(self.large)
         self.sources: dict[str, str] = {}
 
     def carried(self) -> list[Draft]:
@@ -53,25 +71,47 @@ class Transfer:
             AnatomyError: A block has no counterpart in the twin, or its shapes do not fit.
         """
         found: list[Draft] = []
-        for block in sorted(set(self.blocks.values()), key=natural_of):
-            candidates = self.signatures.get(signature_of(block, self.large))
-            if not candidates:
-                raise AnatomyError(
-                    f"{block or type(self.model).__name__}: no block of its tiny twin holds the same parameters. "
-                    "Dissect the model with its weights loaded: then it is examined itself."
-                )
-            source = max(candidates, key=lambda b: len(self.by_block[b]))
+        for block in sorted(
+            set(self.blocks.values()), key=lambda b: (self.ranks.get(canonical_of(b), 0), natural_of(b))
+        ):
+            source, drafts = self._source(block)
             self.sources[block] = source
-            shapes = {n[len(block) :]: s for n, s in self.large.items() if n.startswith(block + ".") or not block}
-            key = (source, tuple(sorted(shapes.items())))
-            if key not in self.cache:
-                self.cache[key] = self._block(source, block)
-                found.extend(self.cache[key])
-                self.cache[key] = [replace(d, block=block) for d in self.cache[key]]
-            else:
-                old = self.cache[key][0].block if self.cache[key] else block
-                found.extend(d.renamed(old, block) for d in self.cache[key])
+            found.extend(drafts)
         return found
+
+    def _source(self, block: str) -> tuple[str, list[Draft]]:
+        """The block of the twin that a real one is like, and its drafts at real size."""
+        own = {name: self.large[name] for name in self.within[block]}
+        candidates = [s for s in self.signatures.get(signature_of(block, own), ()) if self._is_at(s, block)]
+        if not candidates:
+            raise AnatomyError(
+                f"{block or type(self.model).__name__}: no block of its tiny twin holds the same parameters. "
+                "Dissect the model with its weights loaded: then it is examined itself."
+            )
+        shapes = tuple(sorted((n[len(block) :], s) for n, s in own.items()))
+        failure: AnatomyError | None = None
+        for source in sorted(candidates, key=lambda b: -len(self.by_block[b])):
+            key = source, shapes
+            try:
+                if key not in self.cache:
+                    self.cache[key] = block, self._block(source, block)
+            except AnatomyError as error:  # kinds of layers with the same parameters in other sizes
+                failure = failure or error
+                continue
+            old, drafts = self.cache[key]
+            return source, drafts if old == block else [d.renamed(old, block) for d in drafts]
+        assert failure is not None
+        raise failure
+
+    def _is_at(self, source: str, block: str) -> bool:
+        """Whether two blocks lie at the same place of every list that is as long in the twin as in the model."""
+        ours, theirs = block.split("."), source.split(".")
+        places = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+        return all(
+            self.lengths[0][".".join(theirs[:i])] != self.lengths[1][".".join(ours[:i])]
+            for i in places
+            if ours[i].isdigit()
+        )
 
     def _block(self, source: str, block: str) -> list[Draft]:
         """Drafts of one real block after its source in the twin."""
@@ -80,14 +120,15 @@ class Transfer:
         if len(numbers) == 1 and re.search(r"\.\d+\..*\.\d+$", source):  # experts that are elements of a list
             drafts = [replace(d, expert=int(block.rpartition(".")[2])) if d.expert is not None else d for d in drafts]
             numbers = set()
-        moved = [d.renamed(source, block) for d in drafts]
+        inside = {name: other for other, name in self.shared[0].items() if is_under(other, source)}
+        moved = [d.each(lambda n: inside.get(n, n)).renamed(source, block) for d in drafts]
         small = {block + n[len(source) :] if source else n: s for n, s in self.small.items() if is_under(n, source)}
-        plan = Plan(moved, small, self.large, self._counts(source, drafts), bool(numbers))
-        return plan.drafts()
+        plan = Plan(moved, small, self.large, self._counts(source, block, drafts), bool(numbers))
+        return [d.each(lambda n: self.shared[1].get(n, n)) for d in plan.drafts()]
 
-    def _counts(self, source: str, drafts: list[Draft]) -> dict[int, int]:
+    def _counts(self, source: str, block: str, drafts: list[Draft]) -> dict[int, int]:
         """Unit counts of head-like groups in the twin -> in the real model, from the nearest configs."""
-        small, large = config_of(self.twin, source), config_of(self.model, source)
+        small, large = config_of(self.twin, source), config_of(self.model, block)
         counts: dict[int, int] = {}
         if small is None or large is None:
             return counts
@@ -95,13 +136,14 @@ class Transfer:
         by_size: dict[int, set[int]] = defaultdict(set)
         for name, value in head_counts(small).items():
             by_size[value].add(real.get(name, value))
-        ratios = {real[n] / v for n, v in head_counts(small).items() if real.get(n, 0) > 1}
-        factor = int(ratios.pop()) if len(ratios) == 1 else 0
+        ratios = {Fraction(real[n], v) for n, v in head_counts(small).items() if real.get(n, 0) > 1}
+        factor = ratios.pop() if len(ratios) == 1 else Fraction(0)
         for draft in drafts:
             if draft.kind in ("head", "kv_group"):
                 known = by_size.get(draft.count, set())
-                scaled = draft.count * (factor if draft.count > 1 else 1)
-                counts[draft.count] = min(known) if len(known) == 1 else scaled
+                scaled = draft.count * factor if draft.count > 1 else Fraction(1)
+                count = min(known) if len(known) == 1 else int(scaled) if scaled.denominator == 1 else 0
+                counts[draft.count] = count
         return counts
 
 

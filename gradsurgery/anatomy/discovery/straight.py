@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 POWERS = (torch.pow, Tensor.pow, Tensor.__pow__)
+MEANS = (torch.mean, Tensor.mean)
 STATISTICS = (
     torch.rsqrt,
     Tensor.rsqrt,
@@ -23,8 +24,7 @@ STATISTICS = (
     Tensor.var,
     torch.std,
     Tensor.std,
-    torch.mean,
-    Tensor.mean,
+    *MEANS,
     *POWERS,
 )
 
@@ -33,10 +33,49 @@ CLIPPED = (F.relu, torch.relu, Tensor.relu, F.relu6, F.hardtanh, F.hardswish, F.
 """Their gradient is zero where they clip, and a unit that clips on every token would go unseen."""
 
 
+SATURATING = (
+    F.gelu,
+    F.silu,
+    F.sigmoid,
+    torch.sigmoid,
+    Tensor.sigmoid,
+    F.tanh,
+    torch.tanh,
+    Tensor.tanh,
+    F.softplus,
+    F.elu,
+    F.selu,
+    F.mish,
+    torch.erf,
+    Tensor.erf,
+)
+"""Their gradient vanishes far out, where a unit would go unseen too: a little of the input's is added."""
+
+
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+def leak(x: Tensor) -> Tensor:
+    """Zero, with the gradient of ``x``."""
+    return torch.where(x.isfinite(), x - x.detach(), torch.zeros_like(x))
+
+
+def tempered(scores: Tensor) -> Tensor:
+    """Scores of unit spread, so that no softmax saturates; masked ones stay far below."""
+    shown = scores.detach() > -1e4
+    if not bool(shown.any()):
+        return scores
+    spread = scores.detach()[shown].std(correction=0).clamp_min(1)
+    return torch.where(shown, scores / spread, scores)
+
+
 def is_statistic(func: Callable, args: tuple, result: Any) -> bool:
     """A number per token that a norm divides by or subtracts, not a feature."""
     if not isinstance(result, Tensor) or not isinstance(args[0], Tensor) or result.ndim == 0:
         return False
+    if func in MEANS:  # of features, not over the places of an image or the tokens of a text
+        reduced = [d for d, n in enumerate(args[0].shape) if result.ndim == args[0].ndim and n > result.shape[d]]
+        return len(reduced) == 1 and reduced[0] in (args[0].ndim - 1, 1 if args[0].ndim == 4 else -1)
     if func in POWERS and not (isinstance(args[1], float) and abs(args[1]) == 0.5):
         return False
     return result.shape[-1] == 1 or result.ndim < args[0].ndim

@@ -12,11 +12,13 @@ from gradsurgery.errors import AnatomyError
 
 from .blocks import Survey
 from .draft import Draft
+from .trace import DISGUISED
 
 DECLARED = "declared structural"
 CHOOSES = "makes choices only"
 UNEVEN = "unequal parts of units"
 SHARED = "shared by several heads"
+PARTLY = "partly shared by all units"
 
 
 def is_declared(name: str, patterns: Sequence[str]) -> bool:
@@ -38,11 +40,16 @@ def structural_of(model: nn.Module, seen: Survey, drafts: list[Draft], declared:
     latent = {name: why for found in seen.findings.values() for name, why in found.structural.items()}
     weights = {read.name for node in seen.trace.nodes.values() for read in node.reads}
     with_heads = {d.block for d in drafts if d.kind == "head"}
-    claimed = {name for findings in seen.findings.values() for name in findings.claimed} - latent.keys()
+    claims = {name: mask for f in seen.findings.values() for name, mask in f.claimed.items() if name not in latent}
+    claimed = set(claims)
     common = {name: b in with_heads for b, found in seen.findings.items() for name in found.common - latent.keys()}
     claimed |= {name for name, explained in common.items() if not explained}
     shapes = {name: tuple(tensor.shape) for name, tensor in seen.trace.tensors.items()}
-    partly = {name for name, mask in partly_held(shapes, drafts).items() if name in claimed and _open(name, mask, seen)}
+    partly = {
+        name
+        for name, mask in partly_held(shapes, drafts).items()
+        if name in claims and _open(name, ~mask & claims[name], seen)
+    }
     found, unknown = {}, []
     for name, parameter in model.named_parameters():
         if name in held and name not in partly:
@@ -61,8 +68,13 @@ def structural_of(model: nn.Module, seen: Survey, drafts: list[Draft], declared:
             unknown.append(name)
         else:
             found[name] = why
-    if unknown:
+    for name, mask in partly_held(shapes, drafts).items():
+        read = [m.numpy() for m in (seen.reach.inside.get(name), seen.reach.leaks.get(name)) if m is not None]
+        if name not in partly and any((m & ~mask).any() for m in read) and name in dict(model.named_parameters()):
+            found[name] = PARTLY
+    if any(seen.trace.tensors[name].ndim > 1 for name in unknown):
         raise AnatomyError(_message(model, unknown))
+    found |= {name: "bias" if "bias" in name.rpartition(".")[2] else "norm" for name in unknown}
     for name, why in found.items():
         if why == "bias" and found.get(name.rpartition(".")[0] + ".weight") == "norm":
             found[name] = "norm"
@@ -80,13 +92,11 @@ def structural_like(  # type: ignore[no-untyped-def]
     held = {n for d in drafts for s in d.slots for n in ([s.name] if isinstance(s.name, str) else s.name)}
     found, unknown = {}, []
     for name, _ in model.named_parameters():
-        if name in held:
-            continue
         block = blocks[name]
         twin = sources.get(block, "") + name[len(block) :] if block else name
         if twin in small:
             found[name] = small[twin]
-        else:
+        elif name not in held:
             unknown.append(name)
     if unknown:
         raise AnatomyError(_message(model, unknown))
@@ -112,14 +122,14 @@ def partly_held(shapes: dict[str, tuple[int, ...]], drafts: list[Draft]) -> dict
 
 
 def _open(name: str, mask: np.ndarray, seen: Survey) -> bool:
-    """Whether entries outside the mask are written by nobody but this block, and so should be in some unit."""
+    """Whether some entries of a mask are read by nobody but their block, and so should be in some unit."""
     private = seen.reach.private(name)
-    return private is not None and bool((private.numpy() & ~mask).any())
+    return private is not None and bool((private.numpy() & mask).any())
 
 
 def _reason(name: str, ndim: int, seen: Survey, riders: set, latent: dict, weights: set) -> str | None:
     reach = seen.reach
-    if name in seen.trace.disguised and seen.blocks[name]:
+    if name not in weights and name in reach.inside | reach.leaks and ndim > 1 and _hides(name, seen):
         return None
     if name in riders:
         return "output bias"
@@ -136,6 +146,15 @@ def _reason(name: str, ndim: int, seen: Survey, riders: set, latent: dict, weigh
     if reach.private(name) is None:
         return "residual projection" if name in weights and name in reach.ends else "read by several blocks"
     return "mixes residual streams"
+
+
+def _hides(name: str, seen: Survey) -> bool:
+    """Whether a matrix does its work in a way that no trace sees; looking up, adding and scaling are no products."""
+    if sum(n > 1 for n in seen.trace.tensors[name].shape) < 2 or name in seen.trace.embedded:
+        return False
+    uses = seen.trace.uses.get(name, set())
+    inside = bool(seen.blocks[name]) or not any(seen.blocks.values())
+    return inside and (not uses or DISGUISED in uses)
 
 
 def _message(model, unknown: list[str]) -> str:  # type: ignore[no-untyped-def]

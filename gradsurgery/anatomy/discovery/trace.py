@@ -7,7 +7,7 @@ write a column, and the biases, norms, sinks and slopes on the way. Norms are st
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,15 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .composite import COMPOSITE, folded, seen_through
 from .contraction import PRODUCTS, Product, groups_of, positional
 from .node import Node, Read
 from .replica import learned
-from .straight import CLIPPED, NORMS, STATISTICS, is_statistic
+from .straight import CLIPPED, NORMS, SATURATING, SOFTMAX, STATISTICS, is_statistic, leak, tempered
 from .updates import Updates
 from .wide import Wide, widened
 
-_TIMES = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+_TIMES = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply, Tensor.mul_)
+_LOOKUPS = (Tensor.__getitem__, torch.index_select, Tensor.index_select, torch.gather, Tensor.gather, F.embedding)
+_SIDE_BY_SIDE = (torch.cat, torch.concat, torch.stack)
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
+
+
+DISGUISED = "multiplied and summed by hand"
 
 
 class Trace(Wide):
@@ -36,7 +42,7 @@ class Trace(Wide):
         self.owners = {t.untyped_storage().data_ptr(): name for name, t in reversed(self.tensors.items()) if t.numel()}
         self.nodes: dict[tuple, Node] = {}
         self.embedded: set[str] = set()
-        self.disguised: set[str] = set()
+        self.uses: dict[str, set[str]] = defaultdict(set)
         self.derived: dict[int, Tensor] = {}
         self.results: dict[int, tuple[Tensor, Read]] = {}
         self.updates = Updates(lambda tensor: self.owner(tensor) is not None)
@@ -50,16 +56,18 @@ class Trace(Wide):
         return result
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if func in COMPOSITE:
+            with seen_through(self):
+                return func(*args, **kwargs)
+        if func is torch.einsum and len(args) > 3 and "->" in args[0] and "." not in args[0]:
+            return folded(self.call, args[0], args[1:])
         if func in PRODUCTS:
             args, kwargs, read = self.product(func, *positional(args, kwargs))
             result = func(*args, **kwargs)
             if read is not None:
                 self.results[id(result)] = result, read
             return result
-        if func in _SUMS:
-            self.sum(args)
-        elif func in _TIMES:
-            self.times(args)
+        self.use(func, args)
         if func is F.embedding:
             self.embedded.add(self.owner(args[1] if len(args) > 1 else kwargs["weight"]) or "")
         result = self.straight(func, args, kwargs)
@@ -74,7 +82,11 @@ class Trace(Wide):
             return super().call(func, args, kwargs)
         if func in CLIPPED:
             return F.leaky_relu(args[0], 0.3)
+        if func in SOFTMAX:
+            return func(tempered(args[0]), *args[1:], **kwargs)
         result = func(*self.chosen(func, args), **kwargs)
+        if func in SATURATING:
+            return result + 0.1 * leak(args[0])
         return result.detach() if func in STATISTICS and is_statistic(func, args, result) else result
 
     def derive(self, args: tuple, result: Any) -> None:
@@ -106,6 +118,8 @@ class Trace(Wide):
         except TypeError:  # operands by unusual keywords
             return tuple(args), kwargs, None
         groups = groups_of(func, args, kwargs)
+        if groups > 1 and args[1].shape[1] == 1:
+            self.uses[self.owner(args[1]) or ""].add("depthwise")
         if meet is None or (groups > 1 and args[1].shape[1] == 1):
             return tuple(args), kwargs, None
         if self.owner(args[meet.right]) is None:
@@ -131,15 +145,32 @@ class Trace(Wide):
             if read is not None and isinstance(bias, Tensor) and bias.ndim == 1 and self.owner(bias):
                 read.bias, read.bias_view = self.owner(bias), bias.detach()
 
-    def times(self, args: tuple) -> None:
-        """Note a matrix that is multiplied entry by entry with a spread-out activation: a product in disguise."""
-        for x, w in (args[:2], args[1::-1]):
-            name = self.owner(w)
-            if name is None or not isinstance(x, Tensor) or self.owner(x) is not None:
-                continue
-            spread = torch.broadcast_shapes(x.shape, w.shape)
-            if sum(n > 1 for n in w.shape) > 1 and math.prod(spread) > max(x.numel(), w.numel()):
-                self.disguised.add(name)
+    def use(self, func: Callable, args: tuple) -> None:
+        """Note what is done with a learned tensor besides products: nothing that reads an activation's columns."""
+        if func in _SUMS:
+            self.sum(args)
+            kind = "added"
+        elif func in _TIMES:
+            kind = "scaled"
+        elif func in _LOOKUPS:
+            kind = "looked up"
+        elif func in _SIDE_BY_SIDE and args:
+            kind, args = "added", tuple(args[0])
+        else:
+            return
+        for place, tensor in enumerate(args[:2] if func not in _SIDE_BY_SIDE else args):
+            name = self.owner(tensor)
+            if name is not None:
+                spread = kind == "scaled" and self.spreads(args[1 - place], tensor)
+                self.uses[name].add(DISGUISED if spread else kind)
+
+    def spreads(self, x: object, w: Tensor) -> bool:
+        """Whether a matrix is multiplied with a spread-out activation: a product in disguise."""
+        if not isinstance(x, Tensor) or self.owner(x) is not None:
+            return False
+        shape = (1,) * (w.ndim - x.ndim) + tuple(x.shape)
+        pairs = [(a, b) for a, b in zip(shape[len(shape) - w.ndim :], w.shape, strict=True) if b > 1]
+        return any(a == 1 for a, _ in pairs) and any(a > 1 for a, _ in pairs)
 
     def unread(self) -> int:
         """How many entries of weights no activation has met yet, for instance experts that no token chose."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from gradsurgery.anatomy.quantised import shape_of
 from gradsurgery.errors import AnatomyError
 
 from .build import built, config_of_class
+from .names import canonical_of
 from .replica import prepare
 from .shrink import shrunken
 
@@ -25,6 +27,23 @@ def needs_twin(model: nn.Module) -> bool:
     return sum(math.prod(shape_of(p)) for p in model.parameters()) > MOST_PARAMETERS
 
 
+def config_at(model: nn.Module, step: int) -> Any:
+    """The config of a twin."""
+    return shrunken(config_of_class(model), step, kinds_of(model))
+
+
+def kinds_of(model: nn.Module) -> list[list[frozenset[str]]]:
+    """Of every list of modules with parameters, the names that each element holds."""
+    lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 2}
+    held: dict[str, dict[int, set[str]]] = {path: {} for path in lists}
+    for name, _ in model.named_parameters():  # a weight shared by several elements is the first one's
+        parts = name.split(".")
+        for i in range(1, len(parts) - 1):
+            if (path := ".".join(parts[:i])) in lists:
+                held[path].setdefault(int(parts[i]), set()).add(canonical_of(".".join(parts[i + 1 :])))
+    return [[frozenset(own.get(i, ())) for i in range(max(own) + 1)] for own in held.values() if own]
+
+
 def twin_of(model: nn.Module, step: int = 0) -> nn.Module:
     """A prepared twin of ``model``; see ``shrunken`` for ``step``.
 
@@ -32,7 +51,7 @@ def twin_of(model: nn.Module, step: int = 0) -> nn.Module:
         AnatomyError: The class cannot be built from a smaller config.
     """
     try:
-        return prepare(built(model, shrunken(config_of_class(model), step), LARGEST_RANK))
+        return prepare(built(model, config_at(model, step), LARGEST_RANK))
     except Exception as error:
         raise AnatomyError(
             f"{type(model).__name__} cannot be built at small size ({type(error).__name__}: {error}). Dissect it "

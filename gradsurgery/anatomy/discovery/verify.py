@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradsurgery.errors import AnatomyError
+
 from .draft import Draft, Slot
 from .moves import fill_, permute_, restored, unit_values
 from .node import cotangent
@@ -36,6 +38,11 @@ class Judge:
         self.forward, self.tensors, self.tolerance = forward, tensors, tolerance
         with torch.no_grad():
             self.base = forward()
+            if not self.difference(forward()) < tolerance:
+                raise AnatomyError(
+                    "two forwards of the model on the same inputs differ: it is random in eval mode too (dropout that "
+                    "does not ask for the mode, sampled noise), so that no test can tell a unit. Switch it off first."
+                )
         self.known: set[tuple[int, ...]] = set()
         self.generator = torch.Generator().manual_seed(3)
 
@@ -84,12 +91,16 @@ class Judge:
         return self.same_after([(draft, order)])
 
     def classes(self, draft: Draft, limit: int = 40) -> tuple[int, ...]:
-        """Exchange classes: those another layer has, equal blocks, or by pair swaps.
+        """Exchange classes: those another layer has, equal blocks or strides, every unit alone, or by pair swaps.
 
         Beyond ``limit`` units of no such form every unit is taken to be alone.
         """
         count = draft.count
-        blocks = [tuple(i // size for i in range(count)) for size in range(2, count) if count % size == 0]
+        sizes = [size for size in range(2, count) if count % size == 0]
+        blocks = [tuple(i // size for i in range(count)) for size in sizes]
+        blocks += [tuple(i % size for i in range(count)) for size in sizes]
+        if count <= limit:
+            blocks.append(tuple(range(count)))
         known = [classes for classes in self.known if len(classes) == count]
         found = next((c for c in [*known, *blocks] if self._fits(replace(draft, classes=c))), None)
         if found is None:
@@ -145,9 +156,9 @@ class Judge:
         return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(listed, found, strict=True)}
 
     def heard(self, draft: Draft) -> bool:
-        """Whether the output listens to the consumers of most units, to first order."""
+        """Whether the output listens to the consumers of the units, to first order."""
         values = unit_values(self.slopes, consumers(draft), draft.count)
-        return int((values > 0).sum()) * 2 > draft.count  # some neurons clip on every token
+        return int((values > 0).sum()) * 8 > draft.count  # on few tokens many neurons clip
 
     def silent(self) -> set[str]:
         """Tensors that the output does not listen to, to first order: dead ones, and those that only make choices."""

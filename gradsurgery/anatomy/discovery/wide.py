@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .composite import COMPOSITE, seen_through
 from .straight import batch_norm
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,6 +33,9 @@ class Wide(TorchFunctionMode):
         return self.call(*widened(func, args, kwargs or {}))
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if func in COMPOSITE:
+            with seen_through(self):
+                return func(*args, **kwargs)
         if func is F.batch_norm:
             return batch_norm(*args, **kwargs)
         return func(*self.chosen(func, args), **kwargs)

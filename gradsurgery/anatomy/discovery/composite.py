@@ -1,0 +1,36 @@
+"""Functions of torch that are made of others: seen through, so that the products inside them are noted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+COMPOSITE = (F.multi_head_attention_forward,)
+"""Dispatched whole: inside of them a function mode is off unless it is turned on again."""
+
+
+@contextlib.contextmanager
+def seen_through(mode: TorchFunctionMode) -> Iterator[None]:
+    """Run a composite function's own code, with the mode on for what it calls."""
+    with mock.patch.object(F, "has_torch_function", lambda _: False), mode:
+        yield
+
+
+def folded(call: Callable[[Callable, tuple, dict], Any], equation: str, operands: tuple) -> Any:
+    """An einsum of many operands as products of two, from the left: ``abc,cd,ab->d`` is ``(abc,cd->abd),ab->d``."""
+    terms, result = equation.replace(" ", "").split("->")
+    letters = terms.split(",")
+    left, value = letters[0], operands[0]
+    for place in range(1, len(operands)):
+        needed = set("".join(letters[place + 1 :]) + result)
+        last = place == len(operands) - 1
+        kept = result if last else "".join(c for c in dict.fromkeys(left + letters[place]) if c in needed)
+        value = call(torch.einsum, (f"{left},{letters[place]}->{kept}", value, operands[place]), {})
+        left = kept
+    return value
