@@ -24,11 +24,13 @@ from .discovery.emit import groups_from
 from .discovery.experts import expert_drafts
 from .discovery.forward import forward
 from .discovery.inputs import dummy_inputs, widen_inputs
+from .discovery.memory import fresh, hollow, key_of, key_of_twins, recall
+from .discovery.partition import Inner
 from .discovery.replica import learned, replica
 from .discovery.scale import Transfer, agree
-from .discovery.structure import CHOOSES, structural_like, structural_of
+from .discovery.structure import structural_like, structural_of
 from .discovery.trace import Trace
-from .discovery.twin import needs_twin, twin_of
+from .discovery.twin import configs_of, needs_twin, twin_of
 from .discovery.verdict import judged
 from .discovery.verify import Judge
 from .discovery.wide import Wide
@@ -102,23 +104,27 @@ def _direct(
     structural: Sequence[str] = (),
     layouts: Sequence[Layout] = (),
 ) -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
-    copy = replica(model)
-    _, seen, found, declared = _probed(copy, inputs, layouts)
-    drafts = [*declared.spared(found), *declared.drafts]
-    why = structural_of(copy, seen, drafts, structural)
-    _require_length(model, inputs, why)
-    return groups_from(drafts, copy), why
+    _require_length(model, inputs)
+
+    def examined() -> tuple[tuple[UnitGroup, ...], dict[str, str]]:
+        copy = replica(model)
+        _, seen, found, declared = _probed(copy, inputs, layouts)
+        drafts = [*declared.spared(found), *declared.drafts]
+        why = structural_of(copy, seen, drafts, structural)
+        return groups_from(drafts, copy), why
+
+    groups, why = recall(key_of(model, structural, layouts) if inputs is None else None, examined)
+    return fresh(groups), dict(why)
 
 
-def _require_length(model: nn.Module, inputs: Mapping[str, Any] | None, why: dict[str, str]) -> None:
-    """Raise where one token was given: attention to itself alone has no queries and keys to speak of."""
-    given = [v for v in (inputs or {}).values() if isinstance(v, Tensor) and v.ndim > 1]
-    if CHOOSES in why.values() and any(1 in v.shape[1 : max(2, v.ndim - 1)] for v in given):
-        name = next(n for n, reason in why.items() if reason == CHOOSES)
-        raise AnatomyError(
-            f"{name} of {type(model).__name__} has no influence on inputs of one token, and neither have queries and "
-            "keys in general: give inputs of several tokens."
-        )
+def _require_length(model: nn.Module, inputs: Mapping[str, Any] | None) -> None:
+    """Raise where one token was given: it attends to itself only, and queries and keys have no influence."""
+    for name, value in (inputs or {}).items():
+        if name.endswith("ids") and isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == 1:
+            raise AnatomyError(
+                f"inputs[{name!r}] is one token long, which leaves the queries and keys of {type(model).__name__} "
+                "without influence: give inputs of several tokens."
+            )
 
 
 def _by_twin(
@@ -129,15 +135,26 @@ def _by_twin(
     A second twin of other sizes checks that the first one's layout scales; where it does not, a third one keeps every
     head.
     """
-    first, second = (_probed(twin_of(model, step), None, layouts, twin=True) for step in (0, 1))
-    source = second if _scales(first, second) else _probed(twin_of(model, 2), None, layouts, twin=True)
-    twin, seen, drafts, declared = source
-    transfer = Transfer(twin, model, drafts, seen.inner)
+    configs = configs_of(model)
+    twin, drafts, declared, inner, explained = recall(
+        key_of_twins(model, configs, structural, layouts), lambda: _shown(model, configs, structural, layouts)
+    )
+    transfer = Transfer(twin, model, drafts, inner)
     carried = transfer.carried()
     wanted = declared.like(model, transfer.sources)
     real = [*wanted.spared(carried), *wanted.drafts]
-    explained = structural_of(twin, seen, [*drafts, *declared.drafts], structural)
     return groups_from(real, model), structural_like(model, explained, transfer.sources, real, transfer.blocks)
+
+
+def _shown(
+    model: nn.Module, configs: Sequence[Any], structural: Sequence[str], layouts: Sequence[Layout]
+) -> tuple[nn.Module, list[Draft], Declared, Inner, dict[str, str]]:
+    """What tiny twins show: one of them without its values, verified drafts, inner lists, reasons."""
+    first, second = (_probed(twin_of(model, config), None, layouts, twin=True) for config in configs[:2])
+    source = second if _scales(first, second) else _probed(twin_of(model, configs[2]), None, layouts, twin=True)
+    twin, seen, drafts, declared = source
+    explained = structural_of(twin, seen, [*drafts, *declared.drafts], structural)
+    return hollow(twin), drafts, declared, seen.inner, explained
 
 
 _Probed = tuple[nn.Module, Survey, list[Draft], Declared]
@@ -164,7 +181,7 @@ def _scales(small: _Probed, large: _Probed) -> bool:
 def traced(copy: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[Survey, dict[str, Any]]:
     """Trace one forward and couple every block; more tokens while that reaches more weights (experts)."""
     unread = None
-    for batch in (2, 8, 32):
+    for batch in (2, 8, 32, 128):
         fed = widen_inputs(inputs) if inputs is not None else dummy_inputs(copy, batch=batch)
         fresh = Trace(copy)
         fresh_outputs = forward(copy, fed, fresh)

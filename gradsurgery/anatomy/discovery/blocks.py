@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from .composite import opaque
 from .coupling import Lines, Reach, gradients, lines_into, reach_of
 from .draft import Draft, Findings
 from .group import Cluster, claimed, clusters_of, drafts_of
 from .linearity import is_linear
 from .node import Node, cotangent
 from .partition import Inner, block_of, inner_lists
-from .trace import Trace
+from .trace import DISGUISED, Trace
 
 SPARSE = "reached in part"
 """Much of the tensor meets none of the inputs: a table by distance, say, of which they show the first rows."""
@@ -38,6 +39,8 @@ class Survey:
 
 def survey(model, trace: Trace, outputs: list[Tensor]) -> Survey:  # type: ignore[no-untyped-def]
     """Couple every block of a traced model."""
+    for name in opaque([*outputs, *(node.tensor for node in trace.nodes.values())], trace.tensors):
+        trace.uses[name].add(DISGUISED)
     blocks = block_of(model)
     reach = reach_of(trace, outputs, blocks)
     inner: Inner = frozenset()
@@ -80,6 +83,9 @@ def couple(seen: Survey, block: str, nodes: list[Node], biases: dict[str, tuple[
         elsewhere = {name for other in clusters if other is not cluster for name in _local(other)}
         drafts = drafts_of(cluster, block, biases, weights, elsewhere, sparse)
         if not drafts:
+            continue
+        if drafts[0].kind == "neuron" and any(slot.name in seen.trace.embedded for slot in drafts[0].slots):
+            found.structural.update((name, "residual stream") for name in _local(cluster) if name in private)
             continue
         if all(is_linear(node.tensor) for node in cluster.nodes):
             drafts = [replace(draft, kind="latent") for draft in drafts if draft.parent is None]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 COMPOSITE = (F.multi_head_attention_forward,)
@@ -20,6 +21,28 @@ def seen_through(mode: TorchFunctionMode) -> Iterator[None]:
     """Run a composite function's own code, with the mode on for what it calls."""
     with mock.patch.object(F, "has_torch_function", lambda _: False), mode:
         yield
+
+
+def opaque(outputs: Iterable[Tensor], tensors: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors that reach ``outputs`` through an autograd function of somebody's own."""
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    found: set[str] = set()
+    seen: set[Any] = set()
+    stack: list[tuple[Any, bool]] = [(x.grad_fn, False) for x in outputs]
+    while stack:
+        node, inside = stack.pop()
+        if node is None or (node, inside) in seen:
+            continue
+        seen.add((node, inside))
+        if inside and hasattr(node, "variable"):
+            found.add(names.get(id(node.variable), ""))
+        own = isinstance(node, torch.autograd.function.BackwardCFunction)
+        views = inside and node.name().startswith(_VIEWS)
+        stack.extend((child, own or views) for child, _ in node.next_functions)
+    return found - {""}
+
+
+_VIEWS = ("T", "View", "Transpose", "Permute", "Select", "Slice", "Reshape", "UnsafeView", "Alias", "Split")
 
 
 def folded(call: Callable[[Callable, tuple, dict], Any], equation: str, operands: tuple) -> Any:

@@ -32,6 +32,16 @@ class Product:
         return Product(self.right, self.left, turn(self.contracted), turn(self.shared), self.bias)
 
 
+def narrowed(view: Tensor, meet: Product) -> tuple[Tensor, Product]:
+    """A weight without the dimensions it was expanded along: all examples share it."""
+    for dim in reversed(range(view.ndim)):
+        if view.stride(dim) == 0 and view.shape[dim] > 1:
+            view = view.select(dim, 0)
+            kept = lambda pairs, dim=dim: [(a, b - (b > dim)) for a, b in pairs if b != dim]  # noqa: E731
+            meet = Product(meet.left, meet.right, kept(meet.contracted), kept(meet.shared), meet.bias)
+    return view, meet
+
+
 def _linear(x: Tensor, w: Tensor, *_: object) -> Product:
     return Product(0, 1, [(x.ndim - 1, w.ndim - 1)], [], 2)
 

@@ -7,13 +7,14 @@ from torch import nn
 from ..groups import Footprint, UnitGroup
 from .draft import Draft
 from .experts import common_module
+from .partition import is_list
 
 _ORDER = {"head": 0, "kv_group": 1, "neuron": 2, "expert": 3, "latent": 4}
 
 
 def groups_from(drafts: list[Draft], model: nn.Module) -> tuple[UnitGroup, ...]:
     """Unit groups in layer order."""
-    lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {path for path, module in model.named_modules() if is_list(module)}
     buffers = {name for name, _ in model.named_buffers()}
     groups = [_group(draft, lists, buffers) for draft in drafts]
     return tuple(sorted(groups, key=lambda g: (g.layer, _ORDER[g.kind])))

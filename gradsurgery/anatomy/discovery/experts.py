@@ -13,6 +13,8 @@ from itertools import combinations
 import numpy as np
 from torch import Tensor
 
+from gradsurgery.errors import AnatomyError
+
 from .draft import Draft, Slot
 from .verify import Judge
 
@@ -26,6 +28,7 @@ def expert_drafts(drafts: list[Draft], tensors: dict[str, Tensor], buffers: set[
     found: list[Draft] = []
     used: set[int] = set()
     for members, slots, scopes in list(_families(drafts, tensors)):
+        _require_all(members, slots, tensors)
         if any(id(member) in used for member in members):
             continue
         pools = [(scope, *_candidates(len(members), slots, scope, taken, tensors, buffers)) for scope in scopes]
@@ -122,6 +125,18 @@ def _ancestors(scope: str, block: str) -> list[str]:
         scope = scope.rpartition(".")[0]
         found.append(scope)
     return found
+
+
+def _require_all(members: list[Draft], slots: list[Slot], tensors: dict[str, Tensor]) -> None:
+    """Raise where a stacked tensor holds more experts than the inputs reached."""
+    for slot in slots:
+        for dim, rows in slot.index.items() if isinstance(slot.name, str) and slot.role == "consumer" else ():
+            size = tensors[str(slot.name)].shape[dim]
+            if len(rows) == len(members) and len(np.unique(rows)) == rows.size < size:
+                raise AnatomyError(
+                    f"{slot.name} holds {size // rows.shape[1]} experts, of which the example inputs reached "
+                    f"{len(members)}: pass inputs with more tokens, gs.dissect(model, inputs)."
+                )
 
 
 def _candidates(

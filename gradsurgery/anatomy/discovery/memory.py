@@ -11,6 +11,7 @@ import enum
 import functools
 import hashlib
 import json
+import re
 import sys
 import types
 from collections import OrderedDict
@@ -18,12 +19,14 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradsurgery.anatomy.groups import UnitGroup
 
 from .plain import is_plain
+from .replica import learned as tensors_learned
 
 T = TypeVar("T")
 MOST = 64
@@ -31,7 +34,21 @@ MOST = 64
 
 _known: OrderedDict[Hashable, Any] = OrderedDict()
 _OWN = frozenset(vars(nn.Module())) - {"training"}
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
+_HOOKS = [name for name in vars(nn.Module()) if re.match(r"_(for|back)ward\w*hooks", name)]
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    enum.Enum,
+    np.generic,
+)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, type, torch.jit.ScriptFunction)
 
 
@@ -55,7 +72,8 @@ def forget() -> None:
 def key_of_twins(model: nn.Module, configs: Sequence[Any], *more: object) -> Hashable | None:
     """The key of what tiny twins of a model show; ``configs``: theirs. ``None`` where something else plays a part."""
     try:
-        tuple(_traits(module) for module in model.modules())
+        for module in model.modules():
+            _require_bare(module)
         classes = dict.fromkeys(type(module) for module in model.modules())
         return "twins", type(model), tuple(map(_config, configs)), tuple(map(_code, classes)), repr(more)
     except _Unseen:
@@ -94,25 +112,30 @@ class _Unseen(Exception):
     """Something that a key cannot hold."""
 
 
-def _traits(module: nn.Module) -> Hashable:
-    """What an instance has for itself."""
+def _require_bare(module: nn.Module) -> None:
+    """Raise where an instance does more than its class says."""
     own = vars(module)
-    hooked = any(own[name] for name in _OWN if name.endswith("hooks") and name in own)
-    if hooked or "forward" in own or "_old_forward" in own or hasattr(module, "adapter_layer_names"):
+    if any(own[name] for name in _HOOKS if name in own) or not own.keys().isdisjoint(("forward", "_old_forward")):
         raise _Unseen
-    if "parametrizations" in own["_modules"] or hasattr(module, "peft_config"):
+    adapted = hasattr(type(module), "adapter_layer_names") or "peft_config" in own
+    if adapted or "parametrizations" in own["_modules"]:
         raise _Unseen
-    return tuple((name, _frozen(value)) for name, value in own.items() if name not in _OWN and name != "training")
+
+
+def _traits(module: nn.Module) -> Hashable:
+    """What an instance was configured with."""
+    _require_bare(module)
+    return tuple((n, _frozen(value)) for n, value in vars(module).items() if n not in _OWN and n != "training")
 
 
 def _frozen(value: Any) -> Hashable:
     """A value as part of a key."""
-    if isinstance(value, _PLAIN) or isinstance(value, _CODE):
+    if isinstance(value, (*_PLAIN, *_CODE)):
         return type(value), value
     if isinstance(value, Tensor):
         return _content(value)
-    if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-        return _config(value)
+    if hasattr(value, "to_dict"):  # configs
+        return type(value), _config(value)
     if isinstance(value, (list, tuple)):
         return type(value), tuple(map(_frozen, value))
     if isinstance(value, (set, frozenset)):
@@ -129,12 +152,13 @@ def _config(config: Any) -> str:
 
 
 def _tensors(model: nn.Module) -> Iterator[Hashable]:
-    """Names, shapes and ties; and the values of what is not learned, such as tables and masks."""
+    """Names, shapes and ties; and the values of what is not randomised, such as tables and masks."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         yield name, tuple(parameter.shape), parameter.dtype, first.setdefault(id(parameter), name)
+    learned = {id(buffer) for _, buffer, is_buffer in tensors_learned(model) if is_buffer}
     for name, buffer in model.named_buffers():
-        yield name, _content(buffer)
+        yield name, (tuple(buffer.shape), buffer.dtype) if id(buffer) in learned else _content(buffer)
 
 
 def _content(tensor: Tensor) -> Hashable:

@@ -26,7 +26,7 @@ def block_of(model: nn.Module, inner: Inner = frozenset()) -> dict[str, str]:
     An element with one matrix holds no unit, for that takes one matrix that writes and one that reads: it belongs to
     the block around it (the factors of a PEFT adapter lie in ``ModuleDict``s of their own).
     """
-    lists = {path for path, module in model.named_modules() if _is_list(module) and canonical_of(path) not in inner}
+    lists = {path for path, module in model.named_modules() if is_list(module) and canonical_of(path) not in inner}
     parameters = list(model.named_parameters(remove_duplicate=False))
     elements = {
         name: _elements(name, lists) for name in [n for n, _ in parameters] + [n for n, _ in model.named_buffers()]
@@ -41,7 +41,7 @@ def _elements(name: str, lists: set[str]) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts) - 2, -1, -1) if ".".join(parts[:i]) in lists]
 
 
-def _is_list(module: nn.Module) -> bool:
+def is_list(module: nn.Module) -> bool:
     """A list or dict of modules, or a sequence of modules that have parts of their own."""
     if isinstance(module, nn.Sequential):
         return any(next(part.children(), None) is not None for part in module)
@@ -84,7 +84,7 @@ def _hands_on(names: set[str], heard: dict[str, set[tuple[str, ...]]], blocks: d
     handed = False
     for name in names:
         around = blocks[name].rpartition(".")[0].rpartition(".")[0]
-        if not around or not all(is_under(reader, around) for readers in heard[name] for reader in readers):
+        if not all(is_under(reader, around) for readers in heard[name] for reader in readers):
             continue
         if len({blocks[reader] for readers in heard[name] for reader in readers}) > 1:
             return False

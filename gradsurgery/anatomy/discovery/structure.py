@@ -129,7 +129,8 @@ def _open(name: str, mask: np.ndarray, seen: Survey) -> bool:
 
 def _reason(name: str, ndim: int, seen: Survey, riders: set, latent: dict, weights: set) -> str | None:
     reach = seen.reach
-    if name not in weights and name in reach.inside | reach.leaks and ndim > 1 and _hides(name, seen):
+    live = name in reach.inside or name in reach.leaks
+    if live and ndim > 1 and (name not in weights or DISGUISED in seen.trace.uses.get(name, ())) and _hides(name, seen):
         return None
     if name in riders:
         return "output bias"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .composite import COMPOSITE, folded, seen_through
-from .contraction import PRODUCTS, Product, groups_of, positional
+from .contraction import PRODUCTS, Product, groups_of, narrowed, positional
 from .node import Node, Read
 from .replica import learned
 from .straight import CLIPPED, NORMS, SATURATING, SOFTMAX, STATISTICS, is_statistic, leak, tempered
@@ -127,6 +127,7 @@ class Trace(Wide):
         name, x, view = self.owner(args[meet.right]), args[meet.left], args[meet.right]
         if name is None or self.owner(x) is not None:
             return tuple(args), kwargs, None
+        view, meet = narrowed(view, meet)
         pairs = meet.shared + meet.contracted
         node = self.node(x, tuple(a for a, _ in pairs))
         node.shared = int(np.prod([x.shape[a] for a, _ in meet.shared])) if meet.shared else 0

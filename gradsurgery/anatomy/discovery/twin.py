@@ -27,9 +27,17 @@ def needs_twin(model: nn.Module) -> bool:
     return sum(math.prod(shape_of(p)) for p in model.parameters()) > MOST_PARAMETERS
 
 
-def config_at(model: nn.Module, step: int) -> Any:
-    """The config of a twin."""
-    return shrunken(config_of_class(model), step, kinds_of(model))
+def configs_of(model: nn.Module) -> list[Any]:
+    """The configs of the twins of a model; see ``shrunken`` for their steps.
+
+    Raises:
+        AnatomyError: The config cannot be made smaller.
+    """
+    kinds = kinds_of(model)
+    try:
+        return [shrunken(config_of_class(model), step, kinds) for step in (0, 1, 2)]
+    except Exception as error:
+        raise _failed(model, error) from error
 
 
 def kinds_of(model: nn.Module) -> list[list[frozenset[str]]]:
@@ -44,16 +52,20 @@ def kinds_of(model: nn.Module) -> list[list[frozenset[str]]]:
     return [[frozenset(own.get(i, ())) for i in range(max(own) + 1)] for own in held.values() if own]
 
 
-def twin_of(model: nn.Module, step: int = 0) -> nn.Module:
-    """A prepared twin of ``model``; see ``shrunken`` for ``step``.
+def twin_of(model: nn.Module, config: Any) -> nn.Module:
+    """A prepared twin of ``model`` with a smaller config.
 
     Raises:
-        AnatomyError: The class cannot be built from a smaller config.
+        AnatomyError: The class cannot be built from it.
     """
     try:
-        return prepare(built(model, config_at(model, step), LARGEST_RANK))
+        return prepare(built(model, config, LARGEST_RANK))
     except Exception as error:
-        raise AnatomyError(
-            f"{type(model).__name__} cannot be built at small size ({type(error).__name__}: {error}). Dissect it "
-            "with its weights loaded: then it is examined itself."
-        ) from error
+        raise _failed(model, error) from error
+
+
+def _failed(model: nn.Module, error: Exception) -> AnatomyError:
+    return AnatomyError(
+        f"{type(model).__name__} cannot be built at small size ({type(error).__name__}: {error}). Dissect it "
+        "with its weights loaded: then it is examined itself."
+    )
