@@ -6,16 +6,14 @@ import copy
 import warnings
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from gradsurgery.anatomy.discover import _by_twin, _direct, discover
+from gradsurgery.anatomy.discover import discover
 from gradsurgery.anatomy.discovery.inputs import dummy_inputs
 from gradsurgery.errors import AnatomyError
-from tests.zoo.builder import HF, ZOO, build, build_any, randomised
+from tests.zoo.builder import ZOO, build, build_any
 from tests.zoo.check import check
 
 warnings.filterwarnings("ignore", module="transformers")
@@ -149,52 +147,6 @@ def test_a_module_without_a_config():
 def test_unknown_inputs_are_an_error():
     with pytest.raises(AnatomyError, match="inputs"):
         discover(Plain())
-
-
-SCALED = {
-    "llama": {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 96, "num_hidden_layers": 5},
-    "phi3": {"num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 96},
-    "gpt_neox": {"num_attention_heads": 12, "hidden_size": 96},
-    "codegen": {"n_embd": 96, "n_head": 8, "n_layer": 2, "rotary_dim": 6, "vocab_size": 97, "n_inner": 132},
-    "mixtral": {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 48, "num_local_experts": 9},
-}
-
-
-@pytest.mark.parametrize("kind", SCALED)
-def test_a_twin_tells_what_the_model_itself_does(kind):
-    fields = {**(HF if kind != "codegen" else {}), **SCALED[kind]}
-    model = randomised(AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**fields)))
-    direct, structural = _direct(model, None)
-    carried, likewise = _by_twin(model)
-    assert structural == likewise
-    assert [(g.kind, g.name) for g in direct] == [(g.kind, g.name) for g in carried]
-    for one, other in zip(direct, carried, strict=True):
-        assert (one.exchange_classes, one.closed, one.parent_units) == (
-            other.exchange_classes,
-            other.closed,
-            other.parent_units,
-        )
-        for a, b in zip(one.footprints, other.footprints, strict=True):
-            assert a.name == b.name
-            assert a.index.keys() == b.index.keys()
-            assert all(np.array_equal(a.index[d], b.index[d]) for d in a.index)
-
-
-def test_seventy_billion_on_meta():
-    config = CONFIG_MAPPING["llama"](
-        hidden_size=8192,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        intermediate_size=28672,
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    found = discover(model)
-    assert len(found.groups) == 240
-    assert found.seconds < 10
-    heads = next(g for g in found.groups if g.kind == "head" and g.layer == 79)
-    assert heads.units[63][0] == ("model.layers.79.self_attn.q_proj.weight", {0: tuple(range(8064, 8192))})
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ class Checker:
                 self.fill(unit, noise)
             return self.change()
 
-        return self.restored(overwritten) > self.tolerance
+        return self.restored(overwritten) > 1e-9
 
     def restored(self, action: Callable[[], float]) -> float:
         saved = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
@@ -185,7 +185,7 @@ def check_layers(checker: Checker, groups: Sequence[UnitGroup]) -> list[str]:
                 checker.swap(alike[0].units[0], alike[-1].units[0])
                 return checker.change()
 
-            if not checker.restored(across) > checker.tolerance and all(checker.reaches(g) for g in alike):
+            if not checker.restored(across) > 1e-9 and all(checker.reaches(g) for g in alike):
                 wrong.append(f"{kind}s of {alike[0].name} and {alike[-1].name} can be swapped")
     return wrong
 

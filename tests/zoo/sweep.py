@@ -1,6 +1,6 @@
 """The full zoo, one command: dissect and check every architecture of transformers, each in a process of its own.
 
-python -m tests.zoo.sweep                      # all four mappings; writes docs/architectures.md
+python -m tests.zoo.sweep --page docs/architectures.md   # all four mappings
 python -m tests.zoo.sweep --only 'causal/llama|image' --out /tmp/some.json
 python -m tests.zoo.sweep --seed 1             # another shape of each: head counts, biases, tying
 """
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from tests.zoo.page import page_of
 
 MAPPINGS = {
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
@@ -101,8 +103,9 @@ def sweep(
 
     With ``out``, results are written after every architecture, so that a stopped sweep loses nothing.
     """
-    import torch  # noqa: F401  the children inherit what is loaded here
-    import transformers  # noqa: F401
+    import transformers
+
+    transformers.LlamaForCausalLM  # noqa: B018  loads what all models share: the children inherit it
 
     context = multiprocessing.get_context("fork")
     waiting = list(reversed(chosen))
@@ -145,9 +148,12 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds an architecture may take")
     parser.add_argument("--seed", type=int, default=0, help="the shape: see SHAPES in tests/zoo/configs.py")
     parser.add_argument("--out", type=Path, help="where to write the results as JSON")
+    parser.add_argument("--page", type=Path, help="where to write the results as a page")
     options = parser.parse_args()
     chosen = [name for name in names() if re.search(options.only, name)]
     results = sweep(chosen, options.jobs, options.timeout, options.out, options.seed)
+    if options.page:
+        options.page.write_text(page_of(results, options.seed, options.jobs))
     for mapping in MAPPINGS:
         counts = Counter(r["status"] for n, r in results.items() if n.startswith(mapping + "/"))
         if counts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Kinds = Sequence[Hashable]
@@ -17,22 +18,31 @@ _PLACES = re.compile(r"layers?(_ids|_indices|_idx)?$|_idxs$")
 _DEPTHS = re.compile(r"^(depths?|num_block_repeats|n_attn_blocks|block_sizes|stage_num_blocks)$")
 _WIDER = re.compile(r"^(width_coefficient|width_multiplier|depth_multiplier|scale)$")
 _MOST = 9
+_VARIANTS = 6
+"""Different values up to which a list with one value a layer speaks of kinds of layers."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers that stay, and for every layer of the real model the number of its like among them."""
+
+    kept: list[int]
+    like: list[int]
 
 
 def chosen_layers(
     fields: Mapping[str, Any], overrides: Mapping[int, Mapping[str, Any]], kinds: Sequence[Kinds]
-) -> dict[str, list[int]]:
-    """Numbers of the layers that stay, by the field that counts them."""
+) -> dict[str, Layers]:
+    """Layers of a config by the field that counts them."""
     found = {}
     for name, count in fields.items():
         if not _LAYERS.search(name) or type(count) is not int or count < 1:
             continue
         seen = [own for own in kinds if len(own) == count]
-        told = [
-            (*(str(v[i]) for v in _lists(fields, count).values()), *_flags(fields, count, i), str(overrides.get(i)))
-            for i in range(count)
-        ]
-        full = [(*told[i], *(own[i] for own in seen)) for i in range(count)]
+        lists = [v for v in _lists(fields, count).values() if len(set(map(str, v))) <= _VARIANTS]
+        listed = [tuple(str(v[i]) for v in lists) for i in range(count)]
+        told = [(listed[i], *_flags(fields, listed, i), str(overrides.get(i))) for i in range(count)]
+        full = [(told[i], *(own[i] for own in seen)) for i in range(count)]
         first = {kind: i for i, kind in reversed(list(enumerate(full)))}
         chosen = sorted(first.values())
         periods = [v for n, v in fields.items() if _PERIOD.search(n) and type(v) is int and 1 < v < count]
@@ -40,20 +50,21 @@ def chosen_layers(
             repeat = max([chosen[-1] + 1, *((min(p, _MOST - 1) + 1 for p in periods) if len(first) == 1 else ())])
             chosen = list(range(min(count, repeat))) if repeat <= 2 * _MOST else chosen
         spare = [i for i in range(count) if i not in chosen]
-        found[name] = sorted(chosen + spare[: max(0, 2 - len(chosen))])
+        kept = sorted(chosen + spare[: max(0, 2 - len(chosen))])
+        found[name] = Layers(kept, [kept.index(first[kind]) for kind in full])
     return found
 
 
-def keep_layers(fields: Mapping[str, Any], small: Mapping[str, Any], layers: dict[str, list[int]]) -> dict[str, Any]:
+def keep_layers(fields: Mapping[str, Any], small: Mapping[str, Any], layers: Mapping[str, Layers]) -> dict[str, Any]:
     """What the fields that speak of layers become."""
     changes: dict[str, Any] = {}
-    for name, kept in layers.items():
-        count = fields[name]
+    for name, own in layers.items():
+        count, kept = fields[name], own.kept
         changes[name] = len(kept)
         for field, value in fields.items():
             if field in _lists(fields, count):
-                own = small.get(field, value)
-                changes[field] = type(value)(own[i] for i in kept)
+                sizes = small.get(field, value)
+                changes[field] = type(value)(sizes[i] for i in kept)
             elif _is_places(field, value, count):
                 changes[field] = type(value)(new for new, old in enumerate(kept) if old in value)
             elif _FIRST.search(field) and type(value) is int:
@@ -71,16 +82,17 @@ def _lists(fields: Mapping[str, Any], count: int) -> dict[str, Any]:
     }
 
 
-def _flags(fields: Mapping[str, Any], count: int, layer: int) -> list[bool]:
+def _flags(fields: Mapping[str, Any], listed: Sequence[Hashable], layer: int) -> list[bool]:
     """What fields that hold numbers of layers say of one."""
-    flags = []
+    count, flags = len(listed), []
     for name, value in fields.items():
         if _is_places(name, value, count):
             flags.append(layer in value)
         elif _FIRST.search(name) and type(value) is int:
             flags.append(layer < value)
-        elif _LAST.search(name) and type(value) is int:
-            flags.append(layer >= count - value)
+        elif _LAST.search(name) and type(value) is int and value > 0:
+            before = range(layer + 1, count - value)  # the last of its kind before them is the one that they share
+            flags += [layer >= count - value, all(listed[i] != listed[layer] for i in before)]
     return flags
 
 
@@ -103,11 +115,13 @@ def stages_of(fields: Mapping[str, Any], step: int) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, (list, tuple)) and _DEPTHS.search(name) and all(type(v) is int for v in value):
-            changes[name] = type(value)(min(v, 2) for v in value)
+            changes[name] = type(value)(min(v, max(2, i + 1) if name == "depth" else 2) for i, v in enumerate(value))
         elif type(value) in (int, float) and _WIDER.search(name):
             changes[name] = min(value, 0.25 + 0.125 * step)
         elif type(value) is float and name == "depth_coefficient":
             changes[name] = min(value, 1.0)
+    if is_staged(fields) and type(window := fields.get("window_size")) is int:
+        changes["window_size"] = min(window, 2)
     patch, size = fields.get("patch_size"), fields.get("image_size")
     if type(size) is int and size > 64 and (is_staged(fields) or type(patch) is not int or patch < 8):
         changes["image_size"] = 64

@@ -7,6 +7,7 @@ from torch import nn
 from ..groups import Footprint, UnitGroup
 from .draft import Draft
 from .experts import common_module
+from .names import canonical_of
 from .partition import is_list
 
 _ORDER = {"head": 0, "kv_group": 1, "neuron": 2, "expert": 3, "latent": 4}
@@ -17,7 +18,10 @@ def groups_from(drafts: list[Draft], model: nn.Module) -> tuple[UnitGroup, ...]:
     lists = {path for path, module in model.named_modules() if is_list(module)}
     buffers = {name for name, _ in model.named_buffers()}
     groups = [_group(draft, lists, buffers) for draft in drafts]
-    return tuple(sorted(groups, key=lambda g: (g.layer, _ORDER[g.kind])))
+    places: dict[str, int] = {}
+    for group in groups:
+        places.setdefault(canonical_of(group.name), len(places))  # the same order in every layer
+    return tuple(sorted(groups, key=lambda g: (g.layer, _ORDER[g.kind], places[canonical_of(g.name)])))
 
 
 def _group(draft: Draft, lists: set[str], buffers: set[str]) -> UnitGroup:

@@ -18,6 +18,8 @@ from gradsurgery.errors import AnatomyError
 from .draft import Draft, Slot
 from .verify import Judge
 
+_TRIALS = 4
+"""Permutations of all experts that must pass: where tokens agree, one may leave their choice alone by chance."""
 _MOST = 4
 """Candidates that are tried in every combination, where not all of them move with the experts."""
 
@@ -170,7 +172,7 @@ def _with_router(count: int, slots: list[Slot], pools: _Pools, judge: Judge) -> 
             for extra in choices(exact, longer)
         ]
         for draft in drafts:
-            if judge.exchange([draft])[0]:
+            if all(judge.exchange([draft])[0] for _ in range(_TRIALS)):
                 return replace(draft, classes=(0,) * count)
         for draft in drafts:  # experts in router groups are exchangeable within their group
             if any(judge.swaps(draft, *pair) for pair in ((0, 1), (0, count - 1))):

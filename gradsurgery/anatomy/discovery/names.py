@@ -35,6 +35,18 @@ def canonical_of(name: str) -> str:
     return re.sub(r"(?<=[._])\d+(?=\.|$)", "*", name)
 
 
+def kinds_of(model: nn.Module) -> list[list[frozenset[str]]]:
+    """Of every list of modules with parameters, the names that each element holds."""
+    lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 2}
+    held: dict[str, dict[int, set[str]]] = {path: {} for path in lists}
+    for name, _ in model.named_parameters():  # a weight shared by several elements is the first one's
+        parts = name.split(".")
+        for i in range(1, len(parts) - 1):
+            if (path := ".".join(parts[:i])) in lists:
+                held[path].setdefault(int(parts[i]), set()).add(canonical_of(".".join(parts[i + 1 :])))
+    return [[frozenset(own.get(i, ())) for i in range(max(own) + 1)] for own in held.values() if own]
+
+
 def signature_of(block: str, shapes: Shapes) -> tuple:
     inner = frozenset(canonical_of(n[len(block) :]) for n in shapes if is_under(n, block)) if block else frozenset()
     return canonical_of(block), inner

@@ -16,6 +16,7 @@ from torch import nn
 
 from gradsurgery.errors import AnatomyError
 
+from .build import config_of_class
 from .draft import Draft
 from .names import (
     aliases_of,
@@ -23,6 +24,7 @@ from .names import (
     config_of,
     enclosing_of,
     is_under,
+    kinds_of,
     lengths_of,
     natural_of,
     shapes_of,
@@ -31,7 +33,7 @@ from .names import (
 )
 from .partition import Inner, block_of
 from .plan import Plan
-from .shrink import head_counts
+from .shrink import head_counts, like_layers
 
 
 class Transfer:
@@ -63,6 +65,8 @@ class Transfer:
         self.cache: dict[tuple, tuple[str, list[Draft]]] = {}
         self.lengths = lengths_of(self.small), lengths_of(self.large)
         self.sources: dict[str, str] = {}
+        config = config_of_class(model)
+        self.like = like_layers(config, kinds_of(model)) if config is not None else {}
 
     def carried(self) -> list[Draft]:
         """Drafts of the real model.
@@ -104,14 +108,15 @@ class Transfer:
         raise failure
 
     def _is_at(self, source: str, block: str) -> bool:
-        """Whether two blocks lie at the same place of every list that is as long in the twin as in the model."""
+        """Whether a block of the twin is where the like of a real one must be, by its place in each list of modules."""
         ours, theirs = block.split("."), source.split(".")
-        places = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
-        return all(
-            self.lengths[0][".".join(theirs[:i])] != self.lengths[1][".".join(ours[:i])]
-            for i in places
-            if ours[i].isdigit()
-        )
+        for i, (real, tiny) in enumerate(zip(ours, theirs, strict=True)):
+            if real.isdigit():
+                count, small = self.lengths[1][".".join(ours[:i])], self.lengths[0][".".join(theirs[:i])]
+                like = range(count) if count == small else self.like.get((count, small))
+                if like is not None and int(tiny) != like[int(real)]:
+                    return False
+        return True
 
     def _block(self, source: str, block: str) -> list[Draft]:
         """Drafts of one real block after its source in the twin."""

@@ -13,9 +13,9 @@ HEADS = re.compile(r"heads$|query_groups$|(^|_)(n|num)_head$|^(mamba_)?n_?groups
 _HEAD_SIZE = re.compile(
     r"^(?!num_|n_).*(head_dim|d_head|headdim|head_size|d_kv|kv_channels|dim_head|rotary_dim|key_dim)$"
 )
-_HIDDEN = re.compile(
+HIDDEN = re.compile(
     r"^(hidden_sizes?|d_model|n_embd|model_dim|dim_model|emb_dim|embed_dims?|embedding_dim|word_embed_proj_dim|d_embed"
-    r"|dim|embedding_size|lru_width|attention_hidden_size|d_latents|stem_channels|stage_\w+_channels|in_channels"
+    r"|dim|embedding_size|hidden_size_global|lru_width|attention_hidden_size|d_latents|stem_channels|stage_\w+_channels|in_channels"
     r"|out_channels|neck_hidden_sizes|base_attn_unit_dims|decoder_hidden_size|stem_out_channels|groups_width)$"
 )
 _WIDTH = re.compile(
@@ -43,10 +43,17 @@ class Sizes:
         fields: Its public fields.
         overrides: What single layers have for themselves.
         step: See ``shrunken``.
+        known: Widths of the whole config that are settled.
     """
 
-    def __init__(self, fields: Mapping[str, Any], overrides: Sequence[Mapping[str, Any]], step: int) -> None:
-        self.fields, self.step = fields, step
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        overrides: Sequence[Mapping[str, Any]],
+        step: int,
+        known: Mapping[int, int] | None = None,
+    ) -> None:
+        self.fields, self.step, self.known = fields, step, known or {}
         self.every: dict[str, list[int]] = {}
         for source in (fields, *overrides):
             for name, value in source.items():
@@ -56,8 +63,8 @@ class Sizes:
         self.common = math.gcd(*counts) if counts else 1
         self.heads = _factor(counts, self.common, step)
         self.sizes = self._values(_HEAD_SIZE)
-        self.hidden = sorted({v for v in self._values(_HIDDEN) if v > 4})
-        self.staged = any(isinstance(fields[n], (list, tuple)) for n in fields if _HIDDEN.search(n) and self.every[n])
+        self.hidden = sorted({v for v in self._values(HIDDEN) if v > 4})
+        self.staged = any(isinstance(fields[n], (list, tuple)) for n in fields if HIDDEN.search(n) and self.every[n])
         self.widths: dict[tuple[str, int], int] = {}
 
     def rule(self, name: str) -> Rule | None:
@@ -78,7 +85,7 @@ class Sizes:
             return lambda v: self._width(name, v)
         if _HEAD_SIZE.search(name):
             return lambda v: 4 if name == "rotary_dim" else self._head_size(v)
-        if _HIDDEN.search(name):
+        if HIDDEN.search(name):
             return lambda v: self.of_hidden(v) if v > 4 else v
         if name == "num_groups" and self.staged:
             return lambda v: min(v, 4)
@@ -99,19 +106,27 @@ class Sizes:
         number = len(self.widths)
         return self.widths.setdefault((name, value), _WIDTHS[number % len(_WIDTHS)] + 12 * self.step)
 
+    def main_heads(self) -> dict[str, list[int]]:
+        """Fields that count the heads which the residual stream is as wide as."""
+        return {n: v for n, v in self.every.items() if HEADS.search(n) and v and not _aside(n)}
+
     def of_hidden(self, value: int) -> int:
         """A width of the residual stream: as many heads wide as before; larger and smaller ones stay so."""
-        heads = {n: v for n, v in self.every.items() if HEADS.search(n) and v and not _aside(n)}
+        if value in self.known:
+            return self.known[value]
+        heads = self.main_heads()
         if self.staged:
             common = math.gcd(*self.hidden)
             return value * self.size // common if common > self.size else self.size + 4 * self.hidden.index(value)
         real = max((v[0] for v in heads.values()), default=1)
         count = max(self._count(real), 4 if real == 1 else 2)
-        main = self.every.get("hidden_size") or self._values(_HIDDEN)
+        main = self.every.get("hidden_size") or self._values(HIDDEN)
         own = count * self.size * (2 if count < 3 else 1)
         sizes = [v for n, vs in self.every.items() if _HEAD_SIZE.search(n) and not _aside(n) for v in vs]
-        if sizes and not any(value * real == main[0] for value in sizes):
-            own = -(-(40 + 16 * self.step) // count) * count  # heads of a size of their own
+        if sizes:
+            width = next((v for v in sizes if v * real == main[0]), None)
+            least = 40 + 16 * self.step  # where heads have a size of their own
+            own = count * self._head_size(width) if width is not None else -(-least // count) * count
         if any(isinstance(self.fields.get(name), (list, tuple)) for name in heads):
             least = min(v for values in heads.values() for v in values)
             return value * self._count(least) * self.size // 2 // min(self.hidden)

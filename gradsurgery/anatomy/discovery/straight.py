@@ -33,9 +33,9 @@ CLIPPED = (F.relu, torch.relu, Tensor.relu, F.relu6, F.hardtanh, F.hardswish, F.
 """Their gradient is zero where they clip, and a unit that clips on every token would go unseen."""
 
 
+ONE_SIDED = (F.gelu, F.silu, F.mish, F.elu, F.selu)
+"""They vanish far out on one side, and with them all that they gate: a little of the input is added."""
 SATURATING = (
-    F.gelu,
-    F.silu,
     F.sigmoid,
     torch.sigmoid,
     Tensor.sigmoid,
@@ -43,9 +43,6 @@ SATURATING = (
     torch.tanh,
     Tensor.tanh,
     F.softplus,
-    F.elu,
-    F.selu,
-    F.mish,
     torch.erf,
     Tensor.erf,
 )
@@ -60,12 +57,17 @@ def leak(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x - x.detach(), torch.zeros_like(x))
 
 
-def tempered(scores: Tensor) -> Tensor:
-    """Scores of unit spread, so that no softmax saturates; masked ones stay far below."""
+def tempered(scores: Tensor, dim: int) -> Tensor:
+    """Scores of at most unit spread along ``dim``, so that no softmax saturates; masked ones stay far below.
+
+    Each row by itself, so that what heads have to do with each other stays what it is.
+    """
     shown = scores.detach() > -1e4
-    if not bool(shown.any()):
-        return scores
-    spread = scores.detach()[shown].std(correction=0).clamp_min(1)
+    kept = torch.where(shown, scores.detach(), torch.zeros_like(scores))
+    count = shown.sum(dim, keepdim=True).clamp_min(1)
+    mean = kept.sum(dim, keepdim=True) / count
+    off = torch.where(shown, kept - mean, torch.zeros_like(kept))
+    spread = (off.square().sum(dim, keepdim=True) / count).sqrt().clamp_min(1)
     return torch.where(shown, scores / spread, scores)
 
 

@@ -20,7 +20,7 @@ from .composite import COMPOSITE, folded, seen_through
 from .contraction import PRODUCTS, Product, groups_of, narrowed, positional
 from .node import Node, Read
 from .replica import learned
-from .straight import CLIPPED, NORMS, SATURATING, SOFTMAX, STATISTICS, is_statistic, leak, tempered
+from .straight import CLIPPED, NORMS, ONE_SIDED, SATURATING, SOFTMAX, STATISTICS, is_statistic, leak
 from .updates import Updates
 from .wide import Wide, widened
 
@@ -83,8 +83,10 @@ class Trace(Wide):
         if func in CLIPPED:
             return F.leaky_relu(args[0], 0.3)
         if func in SOFTMAX:
-            return func(tempered(args[0]), *args[1:], **kwargs)
+            return super().call(func, args, kwargs)
         result = func(*self.chosen(func, args), **kwargs)
+        if func in ONE_SIDED:
+            return result + 0.1 * args[0]
         if func in SATURATING:
             return result + 0.1 * leak(args[0])
         return result.detach() if func in STATISTICS and is_statistic(func, args, result) else result

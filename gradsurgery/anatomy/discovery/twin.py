@@ -12,7 +12,7 @@ from gradsurgery.anatomy.quantised import shape_of
 from gradsurgery.errors import AnatomyError
 
 from .build import built, config_of_class
-from .names import canonical_of
+from .names import kinds_of
 from .replica import prepare
 from .shrink import shrunken
 
@@ -38,18 +38,6 @@ def configs_of(model: nn.Module) -> list[Any]:
         return [shrunken(config_of_class(model), step, kinds) for step in (0, 1, 2)]
     except Exception as error:
         raise _failed(model, error) from error
-
-
-def kinds_of(model: nn.Module) -> list[list[frozenset[str]]]:
-    """Of every list of modules with parameters, the names that each element holds."""
-    lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 2}
-    held: dict[str, dict[int, set[str]]] = {path: {} for path in lists}
-    for name, _ in model.named_parameters():  # a weight shared by several elements is the first one's
-        parts = name.split(".")
-        for i in range(1, len(parts) - 1):
-            if (path := ".".join(parts[:i])) in lists:
-                held[path].setdefault(int(parts[i]), set()).add(canonical_of(".".join(parts[i + 1 :])))
-    return [[frozenset(own.get(i, ())) for i in range(max(own) + 1)] for own in held.values() if own]
 
 
 def twin_of(model: nn.Module, config: Any) -> nn.Module:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from .crossing import twice
 from .draft import Draft
+from .names import canonical_of
 from .verify import Judge, disjoint
 
 
@@ -16,11 +17,12 @@ def judged(drafts: list[Draft], judge: Judge) -> list[Draft]:
     alone in its class, or with those it can be swapped with. Channels under a group norm can be exchanged inside their
     norm group only. Heads that are neither are joined into their group.
     """
-    sound = [c for d in drafts if disjoint(c := uncrossed(d, judge))]
+    sound = [c for d in drafts if d.slots and disjoint(c := uncrossed(d, judge))]
     guessed = [replace(d, classes=d.parent_units or (0,) * d.count) for d in sound]
     accepted: dict[int, Draft] = {}
     for kinds in (("kv_group",), ("head", "neuron", "latent")):
         chosen = [i for i, d in enumerate(guessed) if d.kind in kinds]
+        chosen.sort(key=lambda i: (guessed[i].kind, canonical_of(str(guessed[i].slots[0].name))))  # alike fail together
         passed = judge.exchange([guessed[i] for i in chosen])
         closed = judge.closed([guessed[i] for i in chosen])
         for i, exchangeable, shut in zip(chosen, passed, closed, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .composite import COMPOSITE, seen_through
-from .straight import batch_norm
+from .straight import SOFTMAX, batch_norm, tempered
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
@@ -38,6 +38,10 @@ class Wide(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func is F.batch_norm:
             return batch_norm(*args, **kwargs)
+        if func in SOFTMAX and args and args[0].is_floating_point():
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            if isinstance(dim, int):
+                return func(tempered(args[0], dim), *args[1:], **kwargs)
         return func(*self.chosen(func, args), **kwargs)
 
     def chosen(self, func: Callable, args: tuple) -> tuple:
