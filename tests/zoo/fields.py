@@ -114,6 +114,7 @@ def _decoders(s: Shape) -> dict[str, dict[str, Any]]:
         "inkling_text": windowed,
         "inkling2_text": windowed,
         "jamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1},
+        "bailing_hybrid": {"linear_head_dim": s.head_dim},
         "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
         "lfm2": {"layer_types": ["conv", FULL] * 2, "num_hidden_layers": 4},
         "lfm2_moe": {"layer_types": ["conv", FULL] * 2, "num_hidden_layers": 4, "num_dense_layers": 2},
