@@ -36,7 +36,7 @@ def older(kind: str, shape: Shape) -> dict[str, Any]:
         "jetmoe": ("5.1", {"pad_token_id": None}),  # the model reads a field that its config does not set
         "stablelm": ("5.1", {"pad_token_id": None}),
         "zamba": ("5.15", {"use_mamba_kernels": False}),
-        "zamba2": ("5.1", first_is_shared | {"use_mem_rope": True}),
+        "zamba2": ("5.4", {"use_mem_rope": True} | (first_is_shared if older_than("5.1") else {})),
     }
     release, own = needs.get(kind, ("0", {}))
     return own if older_than(release) else {}
