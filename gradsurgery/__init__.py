@@ -3,11 +3,12 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gradsurgery import errors, losses, methods
+from gradsurgery import errors, keys, losses, methods
 from gradsurgery.anatomy import Anatomy, Layout, Region, UnitGroup, Units, region
 from gradsurgery.anatomy.dissect import dissect
+from gradsurgery.keys import PermutationKey
 from gradsurgery.surgery import Method, Pass, Surgery, attach, every, sample_one
-from gradsurgery.transforms import ablate_, applied, clip, detach, freeze, mask, prune_, scale, zero
+from gradsurgery.transforms import ablate_, applied, clip, decay_to, detach, freeze, mask, prune_, scale, zero
 from gradsurgery.version import __version__
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ __all__ = [
     "Layout",
     "Method",
     "Pass",
+    "PermutationKey",
     "Region",
     "Surgery",
     "UnitGroup",
@@ -52,11 +54,13 @@ __all__ = [
     "applied",
     "attach",
     "clip",
+    "decay_to",
     "detach",
     "dissect",
     "errors",
     "every",
     "freeze",
+    "keys",
     "losses",
     "mask",
     "methods",

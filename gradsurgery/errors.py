@@ -37,3 +37,7 @@ class ArtefactError(GradsurgeryError):
 
 class DataError(GradsurgeryError):
     """Text, labels or a data set cannot be used as given."""
+
+
+class KeyWarning(UserWarning):
+    """A permutation key works, but not as well as it looks: others can read it, or heads move between windows."""

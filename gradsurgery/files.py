@@ -14,14 +14,19 @@ from gradsurgery.errors import ArtefactError
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that becomes ``path`` when the block ends without an exception."""
+def atomic_path(path: Path, mode: int | None = None) -> Iterator[Path]:
+    """A temporary path beside ``path`` that becomes ``path`` when the block ends without an exception.
+
+    Args:
+        path: The file.
+        mode: Its permissions; by default what ``open`` would give.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     beside = Path(name)
     try:
-        os.chmod(beside, 0o666 & ~_umask())  # mkstemp gives 0600, which open() would not
+        os.chmod(beside, 0o666 & ~_umask() if mode is None else mode)  # mkstemp gives 0600, which open() would not
         yield beside
         with open(beside, "rb") as written:
             os.fsync(written.fileno())

@@ -8,7 +8,7 @@ from torch import nn
 from gradsurgery.anatomy.space import unwrap
 from gradsurgery.errors import PlanError
 from gradsurgery.surgery.hosts import check_host
-from gradsurgery.surgery.method import Method
+from gradsurgery.surgery.method import Method, references_of
 from gradsurgery.surgery.surgery import Surgery, attached_to, hold
 
 
@@ -46,6 +46,9 @@ def attach(method: Method, model: nn.Module, optimizer: torch.optim.Optimizer | 
     try:
         if optimizer is not None:
             surgery.bind(optimizer)
+        for reference in references_of(method).values():
+            if hasattr(reference, "take"):
+                reference.take(base)
     except BaseException:
         surgery.remove()
         raise

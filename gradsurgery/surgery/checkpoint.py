@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradsurgery.anatomy.space import ParameterSpace
 from gradsurgery.errors import ArtefactError
 from gradsurgery.files import atomic_path, read_json, write_json
+from gradsurgery.surgery.method import references_of
 from gradsurgery.version import __version__
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from gradsurgery.surgery.stepping import Stepper
 
 NAME = "surgery"
+REFERENCE = "reference/"
 
 
 def state_of(method: Method, model: nn.Module, stepper: Stepper) -> dict[str, Any]:
@@ -28,6 +30,10 @@ def state_of(method: Method, model: nn.Module, stepper: Stepper) -> dict[str, An
     state: dict[str, Any] = {"version": __version__, "fingerprint": space.fingerprint, "method": method.describe()}
     state["step"] = stepper.step
     transforms = (*method.gradient, *method.update)
+    for name, reference in references_of(method).items():
+        values: Mapping[str, Tensor] = reference.state_dict() if hasattr(reference, "state_dict") else {}
+        if values:
+            state.setdefault("references", {})[name] = dict(values)
     kept = {str(k): s for k, (t, s) in enumerate(zip(transforms, stepper.states, strict=True)) if t.traits.stateful}
     return {**state, "transforms": kept} if kept else state
 
@@ -43,6 +49,13 @@ def take_state(state: Mapping[str, Any], method: Method, model: nn.Module, stepp
     kept, own = state.get("transforms", {}), mine.get("transforms", {})
     if set(kept) != set(own):
         raise ArtefactError(f"this surgery state keeps transforms {sorted(kept)}, the method has {sorted(own)}.")
+    held, references = state.get("references", {}), references_of(method)
+    if set(held) != set(mine.get("references", {})):
+        raise ArtefactError(
+            f"this surgery state keeps references {sorted(held)}, the method has {sorted(mine.get('references', {}))}."
+        )
+    for key, values in held.items():
+        references[key].load_state_dict(values)
     for key, values in kept.items():
         stepper.states[int(key)].update(values)
     stepper.step = int(state["step"])
@@ -58,11 +71,17 @@ def save_state(state: Mapping[str, Any], directory: str | Path) -> None:
                 tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
             else:
                 plain.setdefault(key, {})[name] = value
+    for key, values in state.get("references", {}).items():
+        for name, value in values.items():
+            tensors[f"{REFERENCE}{key}/{name}"] = value.detach().cpu().contiguous()
     directory = Path(directory)
     if tensors:
         with atomic_path(directory / f"{NAME}.safetensors") as beside:
             save_file(tensors, beside)
-    write_json(directory / f"{NAME}.json", {**state, "transforms": plain} if "transforms" in state else dict(state))
+    about = {**state, "transforms": plain} if "transforms" in state else dict(state)
+    if "references" in state:
+        about["references"] = {key: {} for key in state["references"]}
+    write_json(directory / f"{NAME}.json", about)
 
 
 def load_state(directory: str | Path) -> dict[str, Any]:
@@ -76,12 +95,16 @@ def load_state(directory: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ArtefactError(f"{directory / f'{NAME}.json'} holds no surgery state.")
     tensors = directory / f"{NAME}.safetensors"
-    if "transforms" in state and tensors.exists():
+    if state.keys() & {"transforms", "references"} and tensors.exists():
         try:
             loaded = load_file(tensors)
         except SafetensorError as error:
             raise ArtefactError(f"{tensors} is truncated or no safetensors file ({error}).") from None
         for key, value in loaded.items():
+            if key.startswith(REFERENCE):
+                reference, name = key.removeprefix(REFERENCE).rsplit("/", 1)
+                state["references"].setdefault(reference, {})[name] = value
+                continue
             number, name = key.split("/", 1)
             state["transforms"].setdefault(number, {})[name] = value
     return state

@@ -55,7 +55,7 @@ def dry_run(method: Method, model: nn.Module, batch: Mapping[str, Any]) -> DryRu
         for name, p in base.named_parameters():
             mask = p.grad.ne(0) if p.grad is not None else torch.zeros(p.shape, dtype=torch.bool)
             for transform in method.update:
-                if isinstance(transform, Freeze) and transform.unless not in surgery._stepper.ran:
+                if isinstance(transform, Freeze) and transform.awake(surgery._stepper.ran):
                     mask = mask & ~transform.region.of(name).mask().to(mask.device)
             masks[name] = mask
     finally:

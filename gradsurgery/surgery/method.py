@@ -69,7 +69,7 @@ class Method:
             if isinstance(transform, Clip):
                 raise PlanError("gs.clip must come last in gradient=[…]: what follows it would change the norm again.")
         for transform in self.update:
-            if isinstance(transform, Freeze) and transform.unless is not None and transform.unless not in names:
+            if isinstance(transform, Freeze) and not set(transform.passes) <= set(names):
                 raise PlanError(f"{transform.describe()} names no pass of this method: they are {', '.join(names)}.")
 
     @property
@@ -99,6 +99,8 @@ class Method:
                     raise SelectionError(f"{transform.describe()} holds no entry that trains, so nothing would happen.")
         for p in self.passes:
             check_pass(p, model)
+            for swap in p.weight_transforms:
+                swap.check(model)
         return {p.name: ForwardPlan(model, p.forward_transforms) for p in self.passes}
 
     def explain(self, model: nn.Module) -> str:
@@ -167,6 +169,12 @@ def predicts_next_token(model: nn.Module) -> bool:
         return True
     can_generate = getattr(model, "can_generate", None)
     return can_generate is None or bool(can_generate())
+
+
+def references_of(method: Method) -> dict[str, Any]:
+    """What losses compare with, by ``pass: name``; one that several passes share comes once."""
+    found = {f"{p.name}: {name}": reference for p in method.passes for name, reference in p.refs.items()}
+    return {key: r for k, (key, r) in enumerate(found.items()) if all(r is not x for x in list(found.values())[:k])}
 
 
 def describe_losses(p: Pass) -> str:

@@ -13,6 +13,7 @@ from gradsurgery.errors import PlanError
 from gradsurgery.losses import causal_lm, model_loss
 from gradsurgery.surgery.schedule import Schedule
 from gradsurgery.transforms.base import ForwardTransform, Transform
+from gradsurgery.transforms.stages import WeightTransform
 
 Loss = Callable[[Any, Mapping[str, Any], Mapping[str, Any]], Tensor]
 Reference = Callable[[Any, Mapping[str, Any]], Any]
@@ -27,7 +28,7 @@ class Pass:
         loss: ``loss(outputs, batch, refs) -> scalar``, a mean over its tokens (a loss over other items has an
             attribute ``count(batch)``, their number); or several by name over the *one* forward. The default is the
             next token's; models that predict something else take ``gs.losses.model_loss``.
-        under: Forward transforms of this pass.
+        under: Forward transforms of this pass, and keys, which are applied in this order.
         stream: Take the sub-batch ``batch[stream]``.
         rows: Take the rows that this bool column flags (``"~column"``: the others).
         weight: Factor of the loss in the backward.
@@ -67,9 +68,9 @@ class Pass:
                     f"{transform.describe()} acts once per optimizer step and would be wrong per micro-batch; move it "
                     f"from under=[…] of pass {self.name!r} to {where} of the method."
                 )
-            if not isinstance(transform, ForwardTransform):
+            if not isinstance(transform, (ForwardTransform, WeightTransform)):
                 raise PlanError(
-                    f"pass {self.name!r}: {transform!r} is no transform (gs.mask, gs.scale, gs.detach, gs.zero)."
+                    f"pass {self.name!r}: {transform!r} is no transform (gs.mask, gs.scale, gs.detach, gs.zero, a key)."
                 )
             if not transform.traits.linear:
                 raise PlanError(
@@ -101,6 +102,10 @@ class Pass:
     @property
     def forward_transforms(self) -> tuple[ForwardTransform, ...]:
         return tuple(t for t in self.under if isinstance(t, ForwardTransform))
+
+    @property
+    def weight_transforms(self) -> tuple[WeightTransform, ...]:
+        return tuple(t for t in self.under if isinstance(t, WeightTransform))
 
     def columns(self) -> Iterable[str]:
         """The label columns that the pass reads."""

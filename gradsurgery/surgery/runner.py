@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -51,8 +51,11 @@ class PassRunner:
         parameters = dict(self.base.named_parameters())
         out: dict[str, Tensor] = {}
         run = run_of(share.columns, passes, share.inputs)
-        switched = self.board.on(self.plans[p.name], run) if p.under else nullcontext()
-        with switched:
+        with ExitStack() as stack:
+            for transform in p.weight_transforms:
+                stack.enter_context(transform.during(self.base, self.slots))
+            if p.forward_transforms:
+                stack.enter_context(self.board.on(self.plans[p.name], run))
             if self.several_slots:
                 sync_every_backward(self.base)
             with several_backwards(self.model) if len(p.losses) > 1 else nullcontext():

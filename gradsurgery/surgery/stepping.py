@@ -142,7 +142,8 @@ class Stepper:
 
     def after_step(self, slots: Any) -> None:
         if self._context is not None:
-            for transform, state in zip(self.method.update, self.states[len(self.method.gradient) :], strict=True):
+            update = list(zip(self.method.update, self.states[len(self.method.gradient) :], strict=True))
+            for transform, state in reversed(update):  # who came last leaves first
                 transform.after_step(self._context, state)
         self._context = None
         self.step += 1

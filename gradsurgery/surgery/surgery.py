@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.space import unwrap
 from gradsurgery.errors import PlanError
+from gradsurgery.keys.configuration import require_c1
 from gradsurgery.surgery.batches import batch_for, label_columns
 from gradsurgery.surgery.checkpoint import state_of, take_state
 from gradsurgery.surgery.hosts import check_host
@@ -116,6 +117,7 @@ class Surgery:
         if not self._stepper.ran:
             self._passes.losses = {}
         running = self._scheduled()
+        self._require_c1()
         shares = {p.name: batch_for(p, batch, self.base, self.method.columns) for p in running}
         out: dict[str, Tensor] = {}
         try:
@@ -125,6 +127,11 @@ class Surgery:
         finally:
             self._had_main = self._has_main()
         return out
+
+    def _require_c1(self) -> None:
+        """A method that swaps weights itself starts in C1; any other runs in whatever configuration it finds."""
+        if any(p.weight_transforms for p in self.method.passes):
+            require_c1(self.base, "a method with keys")
 
     def _has_main(self) -> bool:
         return any(p.grad is not None for p in self.base.parameters())
@@ -179,7 +186,11 @@ class Surgery:
             raise PlanError(f"running needs the name of one pass: {', '.join(p.name for p in self.method.passes)}.")
         require_plain(chosen[0], "a forward and backward of your own", "surgery.backward")
         columns = label_columns(chosen[0], batch or {})
-        with self._board.on(self._plans[chosen[0].name], run_of(columns, 1, batch or {})):
+        self._require_c1()
+        with ExitStack() as stack:
+            for transform in chosen[0].weight_transforms:
+                stack.enter_context(transform.during(self.base, self.slots))
+            stack.enter_context(self._board.on(self._plans[chosen[0].name], run_of(columns, 1, batch or {})))
             yield
         self._stepper.ran.add(chosen[0].name)
 

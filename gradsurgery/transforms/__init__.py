@@ -4,6 +4,7 @@ from gradsurgery.transforms.ablate import ablate_
 from gradsurgery.transforms.applied import applied
 from gradsurgery.transforms.base import ForwardTransform, Traits, Transform
 from gradsurgery.transforms.clip import Clip, clip
+from gradsurgery.transforms.decay import DecayTo, decay_to
 from gradsurgery.transforms.detach import Detach, detach
 from gradsurgery.transforms.freeze import Freeze, freeze
 from gradsurgery.transforms.mask import Mask, mask
@@ -13,6 +14,7 @@ from gradsurgery.transforms.zero import Zero, zero
 
 __all__ = [
     "Clip",
+    "DecayTo",
     "Detach",
     "ForwardTransform",
     "Freeze",
@@ -24,6 +26,7 @@ __all__ = [
     "ablate_",
     "applied",
     "clip",
+    "decay_to",
     "detach",
     "freeze",
     "mask",

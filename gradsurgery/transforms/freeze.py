@@ -30,7 +30,7 @@ class Freeze(UpdateTransform):
 
     Args:
         region: Entries that do not move.
-        unless: Name of a pass; in steps where it ran, nothing is frozen.
+        unless: Name of a pass, or several; in steps where one of them ran, nothing is frozen.
 
     Raises:
         SelectionError: ``region`` is empty.
@@ -40,11 +40,13 @@ class Freeze(UpdateTransform):
     """
 
     region: Region
-    unless: str | None = None
+    unless: str | tuple[str, ...] | None = None
     traits = Traits(idempotent=True, norm_nonincreasing=True)
 
     def __post_init__(self) -> None:
         require_entries(self.region, "freeze")
+        if self.unless is not None and not isinstance(self.unless, str):
+            object.__setattr__(self, "unless", tuple(self.unless))
 
     def regions(self) -> Iterable[Region]:
         return (self.region,)
@@ -58,7 +60,16 @@ class Freeze(UpdateTransform):
         return {"boxes": boxes, "saved": [], "clean": {}}
 
     def _sleeps(self, context: StepContext) -> bool:
-        return self.unless is not None and self.unless in context.ran
+        return not self.awake(context.ran)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The passes that let the entries move."""
+        return (self.unless,) if isinstance(self.unless, str) else self.unless or ()
+
+    def awake(self, ran: frozenset[str] | set[str]) -> bool:
+        """Whether the entries are frozen in a step in which these passes ran."""
+        return not any(name in ran for name in self.passes)
 
     def prepare(self, context: StepContext, state: dict[str, Any]) -> None:
         if self._sleeps(context):
@@ -123,6 +134,6 @@ def _decayed_moments(context: StepContext) -> set[int]:
     return {id(parameter) for group in coupled for parameter in group["params"]}
 
 
-def freeze(region: Region, unless: str | None = None) -> Freeze:
+def freeze(region: Region, unless: str | tuple[str, ...] | None = None) -> Freeze:
     """Entries of ``region`` do not move; see `Freeze`."""
     return Freeze(region, unless)

@@ -1,8 +1,9 @@
-"""Transforms that act once per optimizer step: on the reduced gradient, or around the step itself."""
+"""Transforms around a pass, on the reduced gradient, or around the optimizer step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ class StepContext:
         ran: Names of the passes that ran since the last step.
         step: Number of optimizer steps done before this one.
         metrics: Figures of this step, by name; transforms add theirs.
+        model: The unwrapped model.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -32,11 +34,25 @@ class StepContext:
     ran: frozenset[str] = frozenset()
     step: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
+    model: nn.Module | None = None
 
     @classmethod
     def of(cls, model: nn.Module, **rest: Any) -> StepContext:
         """A context over all parameters of a model (unwrapped), looked up now: sharding replaces them."""
-        return cls(dict(model.named_parameters()), **rest)
+        return cls(dict(model.named_parameters()), model=model, **rest)
+
+
+class WeightTransform(Transform):
+    """Changes the weights around a pass, and with them the gradients that are there; undone after the backward."""
+
+    stage = "weights"
+
+    def check(self, model: nn.Module) -> None:
+        """Raise where the transform does not fit a model."""
+
+    def during(self, model: nn.Module, slots: Mapping[str, Mapping[str, Tensor]]) -> AbstractContextManager[None]:
+        """The pass runs inside this block; ``slots`` are the named gradients other than ``.grad``."""
+        raise NotImplementedError
 
 
 class GradientTransform(Transform):

@@ -1,4 +1,4 @@
-"""Sharding-aware work on parts of tensors: plain tensors and DTensors through one set of operations.
+"""Fill, scale, gather and write boxes of tensors; plain tensors and DTensors alike.
 
 A *box* is one `Indices` per dimension, in global indices; a sharded tensor works on the part of the box that it holds.
 """

@@ -1,0 +1,64 @@
+"""Step in C2: the optimizer sees keyed weights, gradients and moments at their C2 places.
+
+With an elementwise optimizer that steps there always, this equals stepping in C1 with the gradients following.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from gradsurgery.anatomy import Region
+from gradsurgery.errors import PlanError
+from gradsurgery.keys import configuration as state
+from gradsurgery.keys.key import PermutationKey
+from gradsurgery.transforms.base import Traits
+from gradsurgery.transforms.stages import StepContext, UpdateTransform
+
+
+@dataclass(frozen=True, eq=False)
+class StepUnder(UpdateTransform):
+    """Apply a key for the time of the optimizer's step (the originals step so); stands first in ``update=[…]``.
+
+    Args:
+        key: The key.
+
+    Example:
+        >>> key = gs.PermutationKey.generate(anatomy, seed=0)
+        >>> method = gs.Method([gs.Pass("C1"), gs.Pass("C2", under=[key])], update=[gs.keys.StepUnder(key)])
+    """
+
+    key: PermutationKey
+    traits = Traits(stateful=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key, PermutationKey):
+            raise PlanError(f"StepUnder takes a gs.PermutationKey, not {type(self.key).__name__}.")
+
+    def regions(self) -> Iterable[Region]:
+        return self.key.regions()
+
+    def init(self, space: Any) -> dict[str, Any]:
+        return {"moments": "C1"}
+
+    def before_step(self, context: StepContext, state_: dict[str, Any]) -> None:
+        base = model_of(context)
+        if context.optimizer is not None and state_["moments"] == self.key.fingerprint:
+            state.set_moments(context.optimizer, base, frozenset([self.key.fingerprint]))  # also after a resume
+        self.key.apply_(base)
+
+    def after_step(self, context: StepContext, state_: dict[str, Any]) -> None:
+        self.key.unapply_(model_of(context))
+        state_["moments"] = self.key.fingerprint
+
+    def describe(self) -> str:
+        return f"step in C2 of {self.key.describe()}"
+
+
+def model_of(context: StepContext) -> nn.Module:
+    if context.model is None:
+        raise PlanError("StepUnder needs the model of the step; run it by gs.attach.")
+    return context.model
