@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,14 +10,13 @@ from torch import Tensor, nn
 
 from gradsurgery.errors import KeyStateError, PlanError
 from gradsurgery.keys import configuration as state
-from gradsurgery.keys.lists import slots_of
 from gradsurgery.keys.plan import KeyPlan
 from gradsurgery.tensors import Exchange, is_sharded, settle
 
 if TYPE_CHECKING:
     from gradsurgery.keys.key import PermutationKey
 
-Slots = Mapping[str, Mapping[str, Tensor]]
+Slots = Mapping[str, dict[str, Tensor]]
 Follower = tuple[Exchange, dict[str, Tensor]]
 
 
@@ -38,7 +36,7 @@ def apply_(
             f"this {name} is already keyed (fingerprint {fingerprint}, C2). Call key.unapply_(model) first, or use "
             f"`with key.applied(model):`, which returns to C1 by itself."
         )
-    mine = frozenset(slots_of(key.lists))
+    mine = key.slots
     for other, taken in held.applied.items():
         if mine & taken:
             raise KeyStateError(
@@ -49,7 +47,7 @@ def apply_(
     made = _swap(base, plan, gradients, optimizer, slots or {}, before)
     held = state.enter(base, fingerprint, mine, plan.weights.names)
     held.made[fingerprint] = made
-    _note(held, base, gradients, before)
+    _note(held, base, gradients, fingerprint)
     if optimizer is not None:
         state.set_moments(_inner(optimizer), base, held.now)
 
@@ -74,8 +72,8 @@ def unapply_(
     held.applied.pop(fingerprint)
     now = held.now
     if gradients:
-        drop_made(base, made)
-    _note(held, base, gradients, before)
+        drop_made(base, plan, made)
+    _note(held, base, gradients, fingerprint)
     state.leave(base, fingerprint)
     if optimizer is not None:
         state.set_moments(_inner(optimizer), base, now)
@@ -93,19 +91,31 @@ def _swap(
         work.append((plan.buffers, {name: base.get_buffer(name) for name in plan.buffers.names}))
     made: list[str] = []
     fresh: dict[str, Tensor] = {}
+    late: dict[str, dict[str, Tensor]] = {}
     if gradients:
         found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         if found:
             fresh = _missing(exchange, found, parameters)
             made = list(fresh)
             work.append((_present(plan, {**found, **fresh}), {**found, **fresh}))
-        for grads in slots.values():
+        for slot, grads in slots.items():
             grads = {name: g for name, g in grads.items() if name in parameters}
             if grads:
-                filled = _missing(exchange, grads, parameters)
-                work.append((_present(plan, {**grads, **filled}), {**grads, **filled}))
+                late[slot] = _missing(exchange, grads, parameters)
+                work.append((_present(plan, {**grads, **late[slot]}), {**grads, **late[slot]}))
     if optimizer is not None:
         work.extend(_moments(plan, base, parameters, _inner(optimizer), before))
+    run(work)
+    settle(base)
+    for name, gradient in fresh.items():
+        parameters[name].grad = gradient
+    for slot, filled in late.items():
+        slots[slot].update(filled)
+    return made
+
+
+def run(work: Sequence[Follower]) -> None:
+    """Check everything, then exchange everything; on an exception, what was exchanged is exchanged back."""
     for one, tensors in work:
         check_tensors(one, tensors)
     done: list[Follower] = []
@@ -117,10 +127,15 @@ def _swap(
         for one, tensors in done:
             one(tensors)
         raise
-    settle(base)
-    for name, gradient in fresh.items():
-        parameters[name].grad = gradient
-    return made
+
+
+def turn_moments(base: nn.Module, plan: KeyPlan, optimizer: Any, fingerprint: str) -> None:
+    """The moments alone, to where the key takes them or back; the weights stay."""
+    inner = _inner(optimizer)
+    now = state.moments_of(inner, base)
+    parameters = {name: base.get_parameter(name) for name in plan.weights.names}
+    run(_moments(plan, base, parameters, inner, now))
+    state.set_moments(inner, base, now ^ {fingerprint})
 
 
 def check_tensors(exchange: Exchange, tensors: Mapping[str, Tensor]) -> None:
@@ -157,11 +172,15 @@ def _present(plan: KeyPlan, tensors: Mapping[str, Tensor]) -> Exchange:
     return plan.part(frozenset(tensors))
 
 
-def drop_made(base: nn.Module, names: list[str]) -> None:
-    """Take gradients away that were made for a swap and hold nothing: they would let weight decay at the weights."""
-    for name in names:
+def drop_made(base: nn.Module, plan: KeyPlan, made: Sequence[str]) -> None:
+    """Take gradients away that were made for a swap and hold nothing, or came back to weights that do not train.
+
+    They would let weight decay at the weights.
+    """
+    for name in plan.weights.names:
         parameter = base.get_parameter(name)
-        if parameter.grad is not None and not bool(parameter.grad.any()):
+        empty = parameter.grad is not None and name in made and not bool(parameter.grad.any())
+        if empty or not parameter.requires_grad:
             parameter.grad = None
 
 
@@ -218,13 +237,12 @@ def _moments(
     return out
 
 
-def _note(held: state.Configuration, base: nn.Module, gradients: bool, before: frozenset[str]) -> None:
-    """Remember gradients that stayed behind; forget those that are back in the model's configuration."""
-    if not gradients and held.stale is None:
-        behind = [p.grad for p in base.parameters() if p.grad is not None]
-        if behind:
-            held.stale = before, [weakref.ref(g) for g in behind]
-    elif held.stale is not None and gradients:
-        held.stale = None if held.stale[0] == before else held.stale
-    if held.stale is not None and held.stale[0] == held.now:
-        held.stale = None
+def _note(held: state.Configuration, base: nn.Module, gradients: bool, fingerprint: str) -> None:
+    """Remember by which keys gradients and weights differ, and whether gradients were added to meanwhile."""
+    stale = held.stale if held.stale is not None and held.stale.there(base) else None
+    keys, mixed = (stale.keys, stale.mixed) if stale is not None else (state.C1, False)
+    if not gradients:
+        mixed = mixed or (stale is not None and stale.changed(base))
+        keys ^= {fingerprint}
+    found = state.Stale.of(base, keys, mixed)
+    held.stale = found if found.held and (keys or mixed) else None

@@ -7,7 +7,7 @@ another configuration than the weights now are in is refused at the step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,19 +22,50 @@ C1: frozenset[str] = frozenset()
 
 
 @dataclass
+class Stale:
+    """Gradients that stayed where they were when the weights moved.
+
+    Attributes:
+        keys: Fingerprints of the keys by which they and the weights differ.
+        held: The gradients, weakly, with their versions.
+        mixed: Some of them were added to while they differed.
+    """
+
+    keys: frozenset[str]
+    held: list[tuple[weakref.ref[Tensor], int]]
+    mixed: bool = False
+
+    @classmethod
+    def of(cls, base: nn.Module, keys: frozenset[str], mixed: bool = False) -> Stale:
+        grads = [p.grad for p in base.parameters() if p.grad is not None]
+        return cls(keys, [(weakref.ref(g), g._version) for g in grads], mixed)
+
+    def there(self, base: nn.Module) -> bool:
+        """Whether a parameter still has one of them."""
+        now = {id(p.grad) for p in base.parameters() if p.grad is not None}
+        return any((g := grad()) is not None and id(g) in now for grad, _ in self.held)
+
+    def changed(self, base: nn.Module) -> bool:
+        """Whether gradients came, or were added to."""
+        known = {id(g): version for grad, version in self.held if (g := grad()) is not None}
+        grads = [p.grad for p in base.parameters() if p.grad is not None]
+        return any(known.get(id(g)) != g._version for g in grads)
+
+
+@dataclass
 class Configuration:
     """What a model carries of the keys that are applied to it.
 
     Attributes:
         applied: Slots moved, by fingerprint of the applied keys, in their order.
         made: By fingerprint, names of gradients that were made for it (zeros), to be taken away again.
-        stale: Gradients that stayed behind when the weights moved, with the configuration that they are in.
+        stale: Gradients that are in another configuration than the weights.
         guards: Ids of the hooks on each module, so that a copy of the model can be unkeyed as well.
     """
 
     applied: dict[str, frozenset[Any]] = field(default_factory=dict)
     made: dict[str, list[str]] = field(default_factory=dict)
-    stale: tuple[frozenset[str], list[Any]] | None = None
+    stale: Stale | None = None
     guards: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -45,7 +76,10 @@ class Configuration:
         return Configuration(dict(self.applied), {k: list(v) for k, v in self.made.items()}, None, dict(self.guards))
 
     def __reduce__(self) -> Any:
-        return Configuration, (self.applied, self.made, None, self.guards)
+        raise KeyStateError(
+            f"a model that is keyed ({show(self.now)}) was about to be pickled, and what is saved must be C1. Call "
+            f"key.unapply_(model) first; copy.deepcopy(model) makes a keyed copy."
+        )
 
 
 def configuration_of(base: nn.Module) -> Configuration:
@@ -71,8 +105,7 @@ def enter(base: nn.Module, fingerprint: str, slots: frozenset[Any], names: Itera
     held = configuration_of(base)
     base.__dict__[HELD] = held
     held.applied[fingerprint] = slots
-    if not held.guards:
-        held.guards = guard(base, names)
+    held.guards.update(guard(base, names, held.guards))
     watch(base)
     return held
 
@@ -89,14 +122,14 @@ def leave(base: nn.Module, fingerprint: str) -> None:
             base.__dict__.pop(HELD, None)
 
 
-def guard(base: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+def guard(base: nn.Module, names: Iterable[str], known: Container[str] = ()) -> dict[str, tuple[int, int]]:
     """Hooks that refuse saving and loading, on the model and on every module that holds moved weights."""
     paths = {""}
     for name in names:
         parts = name.split(".")[:-1]
         paths.update(".".join(parts[:k]) for k in range(1, len(parts) + 1))
     out = {}
-    for path in paths:
+    for path in (path for path in paths if path not in known):
         module = base.get_submodule(path)
         save = module.register_state_dict_pre_hook(_refuse_saving)
         load = module.register_load_state_dict_pre_hook(_refuse_loading)
@@ -131,6 +164,8 @@ _WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _MOMENTS: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakKeyDictionary[nn.Module, frozenset[str]]] = (
     weakref.WeakKeyDictionary()
 )
+_STEPPED_UNDER: weakref.WeakKeyDictionary[torch.optim.Optimizer, str] = weakref.WeakKeyDictionary()
+"""Fingerprint of the key that is applied for the time of an optimizer's steps."""
 _hooks: list[Any] = []
 
 
@@ -179,20 +214,22 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             continue
         if not _holds(optimizer, base):
             continue
-        check_step(optimizer, base, held, made_in)
+        check_step(optimizer, base, held, held.now if optimizer in _STEPPED_UNDER else made_in)
 
 
 def check_step(optimizer: torch.optim.Optimizer, base: nn.Module, held: Configuration, made_in: frozenset[str]) -> None:
     """Raise ``KeyStateError`` where weights, gradients and moments are not in one configuration."""
     name, model = type(optimizer).__name__, type(base).__name__
-    if held.stale is not None:
-        configuration, grads = held.stale
-        now = [p.grad for p in base.parameters()]
-        if configuration != held.now and any(g() is not None and any(g() is x for x in now) for g in grads):
+    if held.stale is not None and held.stale.there(base):
+        if held.stale.mixed:
             raise KeyStateError(
-                f"{model} is in {show(held.now)} and its gradients in {show(configuration)}: stepping would give them "
-                f"to the wrong weights. Swap with gradients=True, or zero_grad() after swapping."
+                f"gradients of {model} were added to while they were in another configuration than its weights: swap "
+                f"with gradients=True, or set them to None before a backward in C2."
             )
+        raise KeyStateError(
+            f"{model} is in {show(held.now)} and its gradients in {show(held.now ^ held.stale.keys)}: stepping would "
+            f"give them to the wrong weights. Swap with gradients=True, or set them to None after swapping."
+        )
     if held.now != made_in and has_moments(optimizer, base):
         raise KeyStateError(
             f"{model} is in {show(held.now)} and the moments of {name} in {show(made_in)}: stepping would mix those of "
@@ -201,7 +238,16 @@ def check_step(optimizer: torch.optim.Optimizer, base: nn.Module, held: Configur
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    under = frozenset([_STEPPED_UNDER[optimizer]]) if optimizer in _STEPPED_UNDER else C1
     for base in list(_WATCHED):
-        now = configuration_of(base).now
+        now = configuration_of(base).now ^ under
         if (now or moments_of(optimizer, base)) and _holds(optimizer, base):
             set_moments(optimizer, base, now)
+
+
+def step_under(optimizer: torch.optim.Optimizer, fingerprint: str | None) -> None:
+    """From now on a key is applied around the optimizer's steps, or (None) no more."""
+    if fingerprint is None:
+        _STEPPED_UNDER.pop(optimizer, None)
+    else:
+        _STEPPED_UNDER[optimizer] = fingerprint

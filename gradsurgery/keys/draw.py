@@ -100,7 +100,7 @@ def generate(
     """Draw a key of a given size, or several disjoint ones.
 
     Swaps are drawn one by one, uniformly among the slots that are left, until the next would exceed the budget; what
-    the last head leaves of its share goes to the neurons.
+    the last head leaves of its share goes to the neurons, and all of it to heads where a model has no neurons.
 
     Args:
         anatomy: The model's anatomy, or its `Dimensions`.
@@ -135,16 +135,22 @@ def generate(
     keys: list[dict[str, list[Swap]]] = [{} for _ in range(count)]
     spent = [0] * count
     blocked: set[Slot] = set()
+    drawn = []
     for name, kind, side, share in wanted:
-        if share <= 0:
-            continue
-        pools, sizes = anatomy.pool(kind, side) if isinstance(anatomy, Dimensions) else _pool(anatomy, kind, side)
+        if share > 0:
+            found = anatomy.pool(kind, side) if isinstance(anatomy, Dimensions) else _pool(anatomy, kind, side)
+            drawn.append((name, kind, share, *found))
+    if expert_ratio and not drawn[0][-1]:
+        raise SelectionError(f"expert_ratio is {expert_ratio}, and this model has no experts.")
+    drawn = [one for one in drawn if one[-1]]  # kinds that the model has
+    for name, kind, share, pools, sizes in drawn:
         if kind == "neuron" and blocked:
             for layers in pools.values():
                 for slots in layers.values():
                     slots[:] = [slot for slot in slots if slot not in blocked]
         for k, key in enumerate(keys):
-            budget = fraction * total * share if kind != "neuron" else fraction * total - spent[k]
+            last = name == drawn[-1][0]
+            budget = fraction * total - spent[k] if last else fraction * total * share
             key[name], used = fill(pools, sizes, budget, pairing, draws, name)
             spent[k] += used
         if kind == "expert":

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from gradsurgery.anatomy import Anatomy, Region
 from gradsurgery.anatomy.dissect import dissect
-from gradsurgery.anatomy.space import ParameterSpace, unwrap
-from gradsurgery.errors import ArtefactError, SelectionError
+from gradsurgery.anatomy.space import ParameterSpace, require_same_space, require_unpacked, unwrap
+from gradsurgery.errors import ArtefactError, PlanError, SelectionError
 from gradsurgery.keys import apply, draw, entropy, store
 from gradsurgery.keys.lists import LISTS, Swap, as_swaps, canonical, check_swaps, slots_of
 from gradsurgery.keys.plan import KeyPlan
@@ -85,13 +86,18 @@ class PermutationKey(WeightTransform):
     def __len__(self) -> int:
         return sum(map(len, self.lists.values()))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits of the swaps, whatever their order: names the key without giving it away."""
         for name, swaps in self.lists.items():
             check_swaps(name, swaps)
         text = json.dumps({name: canonical(swaps) for name, swaps in self.lists.items()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def slots(self) -> frozenset[Any]:
+        """Everything that the key moves, as ``(kind, (layer, index), side)``."""
+        return frozenset(slots_of(self.lists))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PermutationKey):
@@ -119,6 +125,8 @@ class PermutationKey(WeightTransform):
 
     def plan(self, anatomy: Anatomy) -> KeyPlan:
         """What the key means in a model; made once."""
+        if not self.lists:
+            raise SelectionError("the key holds no swap, so applying it would do nothing.")
         fingerprint = anatomy.space.fingerprint
         if self.model is not None and self.model != fingerprint:
             raise ArtefactError(
@@ -133,15 +141,20 @@ class PermutationKey(WeightTransform):
         """The plan for a model, dissected where no anatomy of it is known yet."""
         base = unwrap(model)
         known = _KNOWN.setdefault(base, {})
-        if id(self) not in known or known[id(self)][0]() is not self:
+        mine, plan = known.get(id(self), (None, None))
+        if plan is None or mine is None or mine() is not self or not plan.fits(base):
             space = ParameterSpace.of(base)
             if anatomy is None and space.fingerprint in self._plans:
                 plan = self._plans[space.fingerprint]
+            elif anatomy is None:
+                plan = self.plan(dissect(base))
             else:
-                plan = self.plan(anatomy if anatomy is not None else dissect(base))
+                require_same_space(anatomy.space, space, "the anatomy given to the key")
+                plan = self.plan(anatomy)
+            require_unpacked(space, plan.weights.names, "a permutation key")
             warn_of(plan, base, self.lists)
             known[id(self)] = weakref.ref(self), plan
-        return known[id(self)][1]
+        return plan
 
     def validate(self, anatomy: Anatomy) -> None:
         """Check the key against a model: types, bounds, no slot twice, equal shapes, the same fingerprint.
@@ -150,8 +163,6 @@ class PermutationKey(WeightTransform):
             SelectionError: what is wrong, with the list and position of the swap.
             ArtefactError: a key made for another model.
         """
-        if not self.lists:
-            raise SelectionError("the key holds no swap, so applying it would do nothing.")
         self.plan(anatomy)
 
     def region(self, anatomy: Anatomy) -> Region:
@@ -223,9 +234,21 @@ class PermutationKey(WeightTransform):
             self.unapply_(model, gradients, optimizer)
 
     def check(self, model: nn.Module) -> None:
-        if not self.lists:
-            raise SelectionError("the key holds no swap, so applying it would do nothing.")
-        self.plan_for(model)
+        """Raise where a pass under this key means nothing on a model: what trains in one tier must train in the other.
+
+        Raises:
+            PlanError: a swap between weights that train and weights that do not.
+        """
+        base = unwrap(model)
+        for swap in self.plan_for(base).weights.swaps:
+            trains, stands = swap.a.name, swap.b.name
+            if base.get_parameter(trains).requires_grad != base.get_parameter(stands).requires_grad:
+                trains, stands = sorted((trains, stands), key=lambda n: not base.get_parameter(n).requires_grad)
+                raise PlanError(
+                    f"the key swaps units of {trains}, which trains, with units of {stands}, which does not: they "
+                    f"would train in one tier and stand still in the other. Let both train; gs.freeze(region) keeps "
+                    f"entries where they are in every tier."
+                )
 
     @contextmanager
     def during(self, model: nn.Module, slots: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
@@ -248,7 +271,7 @@ class PermutationKey(WeightTransform):
         """
         taken: dict[Any, PermutationKey] = {}
         for key in keys:
-            for slot in set(slots_of(key.lists)):
+            for slot in key.slots:
                 if slot in taken:
                     raise SelectionError(
                         f"keys {taken[slot].fingerprint} and {key.fingerprint} both move {slot[0]} {slot[1][1]} of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from torch import nn
 
 from gradsurgery.anatomy import Anatomy, Region, Units
 from gradsurgery.anatomy.entries import Entries, bits_of
@@ -47,6 +48,11 @@ class KeyPlan:
         self.region = self._region()
         self._check_disjoint()
         self.notes = notes_of(self._pairs)
+
+    def fits(self, base: nn.Module) -> bool:
+        """Whether a model still has the tensors that the plan was made for (pruning changes them)."""
+        shapes, now = self.anatomy.space.shapes, dict(base.named_parameters())
+        return all(name in now and tuple(now[name].shape) == tuple(shapes[name]) for name in self.weights.names)
 
     def part(self, names: frozenset[str]) -> Exchange:
         """The exchange of some of the parameters alone."""

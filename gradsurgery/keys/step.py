@@ -1,6 +1,7 @@
 """Step in C2: the optimizer sees keyed weights, gradients and moments at their C2 places.
 
-With an elementwise optimizer that steps there always, this equals stepping in C1 with the gradients following.
+With an elementwise optimizer this equals stepping in C1 with the gradients following. Moments that were made in C1
+follow at the first step, and return there when the surgery is removed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 from gradsurgery.anatomy import Region
 from gradsurgery.errors import PlanError
 from gradsurgery.keys import configuration as state
+from gradsurgery.keys.apply import turn_moments
 from gradsurgery.keys.key import PermutationKey
 from gradsurgery.transforms.base import Traits
 from gradsurgery.transforms.stages import StepContext, UpdateTransform
@@ -45,14 +47,30 @@ class StepUnder(UpdateTransform):
         return {"moments": "C1"}
 
     def before_step(self, context: StepContext, state_: dict[str, Any]) -> None:
-        base = model_of(context)
-        if context.optimizer is not None and state_["moments"] == self.key.fingerprint:
-            state.set_moments(context.optimizer, base, frozenset([self.key.fingerprint]))  # also after a resume
+        base, optimizer, fingerprint = model_of(context), context.optimizer, self.key.fingerprint
+        if optimizer is None:
+            raise PlanError("StepUnder applies a key for the time of an optimizer's step: surgery.bind(optimizer).")
+        if state_["moments"] == fingerprint:
+            state.set_moments(optimizer, base, frozenset([fingerprint]))  # also after a resume
+        elif state.has_moments(optimizer, base):
+            turn_moments(base, self.key.plan_for(base), optimizer, fingerprint)  # of steps in C1
+        state.step_under(optimizer, fingerprint)
+        state_["moments"] = fingerprint
         self.key.apply_(base)
 
     def after_step(self, context: StepContext, state_: dict[str, Any]) -> None:
         self.key.unapply_(model_of(context))
-        state_["moments"] = self.key.fingerprint
+
+    def close(self, context: StepContext, state_: dict[str, Any]) -> None:
+        """The surgery is over: the moments return to C1."""
+        optimizer = context.optimizer
+        if optimizer is None or state_["moments"] != self.key.fingerprint:
+            return
+        base, state_["moments"] = model_of(context), "C1"
+        state.step_under(optimizer, None)
+        if state.has_moments(optimizer, base):
+            state.set_moments(optimizer, base, frozenset([self.key.fingerprint]))
+            turn_moments(base, self.key.plan_for(base), optimizer, self.key.fingerprint)
 
     def describe(self) -> str:
         return f"step in C2 of {self.key.describe()}"

@@ -44,6 +44,11 @@ class KLDivergence:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"kl({', '.join(changed)})" if changed else "kl_divergence"
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the batch that the loss reads and the model need not take."""
+        return (self.mask,) if self.mask is not None and self.mask != "labels" else ()
+
     def count(self, batch: Mapping[str, Any], model: nn.Module | None = None) -> int | Tensor:
         """Positions that the loss is a mean over.
 

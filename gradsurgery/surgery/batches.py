@@ -115,11 +115,13 @@ def _rows(value: Any, chosen: Tensor, size: int) -> Any:
 
 
 def model_inputs(p: Pass, batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Without ``labels`` (the pass computes its loss, unless the model must) and without a cache."""
+    """Without ``labels`` (the pass computes its loss, unless the model must), what only losses and references read, and
+    a cache."""
     parameters = inspect.signature(model.forward).parameters
     encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     takes_labels = encoder_decoder or any(getattr(loss, "takes_labels", False) for loss in p.losses.values())
-    out = {k: v for k, v in batch.items() if k != "labels" or takes_labels}
+    others = {c for reader in (*p.losses.values(), *p.refs.values()) for c in getattr(reader, "columns", ())}
+    out = {k: v for k, v in batch.items() if (k != "labels" or takes_labels) and k not in others - set(parameters)}
     if "use_cache" in parameters:
         out.setdefault("use_cache", False)
     return out

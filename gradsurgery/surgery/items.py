@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,13 +21,15 @@ NumItems = int | Tensor | Mapping[str, "int | Tensor"]
 def items_of(loss: Any, share: PassBatch, model: nn.Module) -> Tensor:
     """Items that a loss of a pass is a mean over; 0 where its ``rows`` flag nobody.
 
-    A loss may say so itself by an attribute ``count(batch)``; otherwise they are the labelled tokens.
+    A loss may say so itself by an attribute ``count(batch)`` or ``count(batch, model)``; otherwise they are the
+    labelled tokens.
     """
     batch = share.batch
     labels = batch.get("labels")
     shifted = not getattr(loss, "takes_labels", False) or type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     if hasattr(loss, "count"):
-        items = torch.as_tensor(loss.count(batch))
+        takes_model = "model" in inspect.signature(loss.count).parameters
+        items = torch.as_tensor(loss.count(batch, model) if takes_model else loss.count(batch))
     elif isinstance(labels, Tensor) and (labels.dim() < 2 or not shifted):
         items = (labels != IGNORED).sum()
     elif labels is None and "input_ids" not in batch:

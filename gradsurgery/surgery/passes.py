@@ -131,6 +131,8 @@ class Pass:
             out["into"] = self.into
         if self.when is not None:
             out["when"] = repr(self.when)
+        if self.refs:
+            out["refs"] = {k: r.describe() if hasattr(r, "describe") else repr(r) for k, r in self.refs.items()}
         return out
 
 

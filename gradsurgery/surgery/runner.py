@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import BatchError
+from gradsurgery.losses.references.base import evaluating
 from gradsurgery.surgery.batches import PassBatch
 from gradsurgery.surgery.hosts import reduce_again, several_backwards, sync_every_backward
 from gradsurgery.surgery.items import NumItems, items_of, per_item
@@ -27,6 +28,8 @@ class PassRunner:
 
     Attributes:
         model: What is called in a forward, wrappers included.
+        sync: FSDP2 reduces in every backward: what it would keep to itself meanwhile belongs to no slot, and follows
+            no key.
         losses: By loss, the sum over its items in this step so far, and their number.
     """
 
@@ -37,10 +40,10 @@ class PassRunner:
         plans: Mapping[str, ForwardPlan],
         board: Switchboard,
         slots: Slots,
-        several_slots: bool,
+        sync: bool,
     ) -> None:
         self.model, self.base, self.plans, self.board = model, base, plans, board
-        self.slots, self.several_slots = slots, several_slots
+        self.slots, self.sync = slots, sync
         self.losses: dict[str, tuple[Tensor, Any]] = {}
 
     def run(
@@ -56,12 +59,13 @@ class PassRunner:
                 stack.enter_context(transform.during(self.base, self.slots))
             if p.forward_transforms:
                 stack.enter_context(self.board.on(self.plans[p.name], run))
-            if self.several_slots:
+            if self.sync:
                 sync_every_backward(self.base)
             with several_backwards(self.model) if len(p.losses) > 1 else nullcontext():
                 outputs = self.model(**share.inputs)
             self.board.check_called(self.model)
             losses = {name: loss(outputs, share.batch, refs) for name, loss in p.losses.items()}
+            del outputs, refs  # logits that no loss saved need not live through the backward
             for name, loss in losses.items():
                 require_finite(name, loss)
             for k, (name, loss) in enumerate(losses.items()):
@@ -88,14 +92,14 @@ class PassRunner:
     def _references(self, p: Pass, share: PassBatch) -> dict[str, Any]:
         if not p.refs:
             return {}
-        modes = {module: module.training for module in self.base.modules()}
-        self.base.eval()
-        try:
-            with torch.no_grad():
-                return {name: reference(self.model, share.inputs) for name, reference in p.refs.items()}
-        finally:
-            for module, training in modes.items():  # train() would wake modules that are in eval by themselves
-                module.training = training
+        with evaluating(self.base):
+            return {name: reference(self.model, inputs_of(reference, share)) for name, reference in p.refs.items()}
+
+
+def inputs_of(reference: Any, share: PassBatch) -> dict[str, Any]:
+    """The model's inputs, and what else of the batch a reference reads (row numbers)."""
+    more = {name: share.batch[name] for name in getattr(reference, "columns", ()) if name in share.batch}
+    return {**share.inputs, **more}
 
 
 def run_of(columns: Mapping[str, Tensor], passes: int, batch: Mapping[str, Any]) -> Run:

@@ -18,11 +18,12 @@ from torch.utils.hooks import RemovableHandle
 from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.space import ParameterSpace
 from gradsurgery.errors import PlanError
+from gradsurgery.keys.step import StepUnder
 from gradsurgery.surgery.method import Method
 from gradsurgery.tensors import gather, sum_over_shards
 from gradsurgery.transforms.clip import Clip
 from gradsurgery.transforms.engine.program import box_columns
-from gradsurgery.transforms.stages import StepContext
+from gradsurgery.transforms.stages import StepContext, UpdateTransform
 
 
 class Stepper:
@@ -52,6 +53,7 @@ class Stepper:
             weakref.finalize(self, handle.remove).atexit = False
             self._handles.append(handle)
         self._context: StepContext | None = None
+        self._entered: list[tuple[UpdateTransform, dict[str, Any]]] = []
 
     def bind(self, optimizer: Any, slots: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Hook the step of an optimizer (wrappers that hold one as ``.optimizer`` are seen through)."""
@@ -111,11 +113,10 @@ class Stepper:
             self.metrics[f"grad_norm/{name}"] = region_norm(self.model, region)
         context = self.context(slots)
         gradient = list(zip(self.method.gradient, self.states, strict=False))
-        update = list(zip(self.method.update, self.states[len(gradient) :], strict=True))
         for transform, state in gradient:
             if not isinstance(transform, Clip):
                 transform.apply(context, state)
-        for frozen, state in update:
+        for frozen, state in self._updates:
             frozen.prepare(context, state)
         for transform, state in gradient:
             if isinstance(transform, Clip):
@@ -132,22 +133,36 @@ class Stepper:
             raise PlanError(
                 "optimizer.step(closure) makes its gradients after both stages ran; call backward, then step()."
             )
+        self.abandon()
         self.finish(slots)
         self._context = self.context(slots) if self.enabled else None
-        for transform, state in zip(self.method.update, self.states[len(self.method.gradient) :], strict=True):
+        for transform, state in self._updates:
             if self._context is None:
                 transform.skip(state)
-            else:
+                continue
+            try:
                 transform.before_step(self._context, state)
+            except BaseException:
+                self.abandon()
+                raise
+            self._entered.append((transform, state))
 
     def after_step(self, slots: Any) -> None:
-        if self._context is not None:
-            update = list(zip(self.method.update, self.states[len(self.method.gradient) :], strict=True))
-            for transform, state in reversed(update):  # who came last leaves first
-                transform.after_step(self._context, state)
-        self._context = None
+        self.abandon()
         self.step += 1
         self.new_window(slots)
+
+    def abandon(self) -> None:
+        """Leave the update stage, after a step or one that raised; who came last leaves first."""
+        context, self._context = self._context, None
+        while self._entered:
+            transform, state = self._entered.pop()
+            assert context is not None
+            transform.after_step(context, state)
+
+    @property
+    def _updates(self) -> list[tuple[UpdateTransform, dict[str, Any]]]:
+        return list(zip(self.method.update, self.states[len(self.method.gradient) :], strict=True))
 
     def new_window(self, slots: Any) -> None:
         """Forget the gradients of the step before."""
@@ -156,11 +171,17 @@ class Stepper:
         slots.clear()
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if self._restore is not None:
-            self._restore()
-        self._handles, self.optimizer, self._restore = [], None, None
+        try:
+            self.abandon()
+            for transform, state in self._updates:
+                if isinstance(transform, StepUnder):
+                    transform.close(self.context({}), state)
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            if self._restore is not None:
+                self._restore()
+            self._handles, self.optimizer, self._restore = [], None, None
 
 
 def watch_zero_grad(optimizer: torch.optim.Optimizer, then: Callable[[], None]) -> Callable[[], None]:

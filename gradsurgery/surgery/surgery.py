@@ -42,7 +42,8 @@ class Surgery:
         self._board = Switchboard(model, self._plans.values())
         self._stepper = Stepper(method, self.base)
         self.slots = Slots()
-        self._passes = PassRunner(model, self.base, self._plans, self._board, self.slots, method.slots != {"main"})
+        several = method.slots != {"main"} or any(p.weight_transforms for p in method.passes)
+        self._passes = PassRunner(model, self.base, self._plans, self._board, self.slots, several)
         self._enabled = True
         self._had_main = False
         self.attached = True
@@ -98,6 +99,7 @@ class Surgery:
             PlanError: the gradient stage of this step has run already; schedules, and no bound optimizer to count by.
         """
         self._require_attached()
+        self._stepper.abandon()
         if not self._stepper.bound and (scheduled := [p.name for p in self.method.passes if p.when is not None]):
             raise PlanError(
                 f"when=… of {', '.join(map(repr, scheduled))} counts optimizer steps, and no optimizer is bound: "

@@ -8,6 +8,7 @@ in cache, and are written back in order, so that the cost does not depend on how
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -95,30 +96,64 @@ def compile_ops(swaps: Sequence[LineSwap], tensors: Tensors) -> list[Op]:
         if not all(end.here for end in ends):
             continue
         local = LineSwap(ends[0].lines, ends[1].lines)
-        views = [matrix(end.lines.cut(end.local), end.lines.dim) for end in ends]
-        a, b = views
-        if a is None or b is None or a.device != b.device or a.shape[2] * a.element_size() >= ROW:
+        cuts = [end.lines.cut(end.local) for end in ends]
+        folds = [(fold_of(cut, end.lines.dim), cut.dtype, cut.device) for cut, end in zip(cuts, ends, strict=True)]
+        fold = folds[0][0]
+        if folds[0] != folds[1] or fold is None or fold.inner * cuts[0].element_size() >= ROW:
             ops.append(lambda given, swap=local: swap_rows(given, swap))  # type: ignore[misc]
         else:
-            columns.setdefault((a.shape[0], a.shape[2], a.dtype, a.device), []).append(local)
-    ops.extend(Columns(Board.of(group)) for group in columns.values())
+            columns.setdefault(folds[0], []).append(local)
+    ops.extend(Columns(Board.of(group), key[0].inner) for key, group in columns.items())
     ops.extend(lambda given, g=group: exchange_shards(given, g, CHUNK * 32) for group in crossing.values())  # type: ignore[misc]
     return ops
+
+
+def words(tensor: Tensor) -> Tensor:
+    """Two-byte floats as integers: gathering them as floats changes nans, and is slower on a CPU."""
+    return tensor.view(torch.int16) if tensor.dtype.itemsize == 2 and tensor.dtype.is_floating_point else tensor
 
 
 def local_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def matrix(tensor: Tensor, dim: int) -> Tensor | None:
-    """The tensor as ``[outer, lines, inner]`` in the order of its memory; None where it has no such view."""
-    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride()[d])
-    tensor, dim = tensor.permute(order), order.index(dim)
-    outer = int(np.prod(tensor.shape[:dim], dtype=np.int64))
+@dataclass(frozen=True)
+class Fold:
+    """How a tensor reads as ``[outer, lines * inner]`` in the order of its memory.
+
+    Attributes:
+        before, after: Dimensions outside and inside of the lines', and their sizes.
+        inner: Entries of a line next to each other.
+    """
+
+    before: tuple[tuple[int, int], ...]
+    after: tuple[tuple[int, int], ...]
+    inner: int
+
+
+def fold_of(tensor: Tensor, dim: int) -> Fold | None:
+    """None where a tensor has no such view: cut inside the lines, or outer dimensions that do not join."""
+    order = _order(tensor)
+    at = order.index(dim)
+    before, after = (
+        tuple((d, tensor.shape[d]) for d in dims if tensor.shape[d] > 1) for dims in (order[:at], order[at + 1 :])
+    )
     try:
-        return tensor.view(outer, tensor.shape[dim], -1)
+        folded(tensor, dim)
     except RuntimeError:
         return None
+    return Fold(before, after, int(np.prod([n for _, n in after], dtype=np.int64)))
+
+
+def folded(tensor: Tensor, dim: int) -> Tensor:
+    """The view ``[outer, lines * inner]``; raises ``RuntimeError`` where there is none."""
+    order = _order(tensor)
+    outer = int(np.prod([tensor.shape[d] for d in order[: order.index(dim)]], dtype=np.int64))
+    return tensor.permute(order).view(outer, tensor.numel() // max(outer, 1))
+
+
+def _order(tensor: Tensor) -> list[int]:
+    return sorted(range(tensor.dim()), key=lambda d: -tensor.stride()[d])
 
 
 def swap_rows(tensors: Tensors, swap: LineSwap) -> None:
@@ -153,8 +188,8 @@ def _index(index: np.ndarray, device: torch.device) -> Tensor:
 class Columns:
     """Swap columns of row-major tensors: all tensors at once, block of rows by block of rows."""
 
-    def __init__(self, board: Board) -> None:
-        self.board = board
+    def __init__(self, board: Board, inner: int) -> None:
+        self.board, self.inner = board, inner
         self._indices: dict[torch.device, tuple[list[Tensor], Tensor]] = {}
 
     def _on(self, device: torch.device, inner: int) -> tuple[list[Tensor], Tensor]:
@@ -167,14 +202,8 @@ class Columns:
         return self._indices[device]
 
     def __call__(self, tensors: Tensors) -> None:
-        views = []
-        for part in self.board.parts:
-            view = matrix(part.cut(local_of(tensors[part.name])), part.dim)
-            assert view is not None
-            views.append(view)
-        outer, _, inner = views[0].shape
-        flat = [view.flatten(1) for view in views]
-        device = flat[0].device
+        flat = [folded(part.cut(words(local_of(tensors[part.name]))), part.dim) for part in self.board.parts]
+        outer, device, inner = flat[0].shape[0], flat[0].device, self.inner
         indices, source = self._on(device, inner)
         width = source.numel()
         rows = max(min(CACHE.get(device.type, LARGE) // (width * flat[0].element_size()), outer), 1)

@@ -80,7 +80,3 @@ class Board:
             ]
             source[at[0]], source[at[1]] = at[1], at[0]
         return cls(tuple(parts), source)
-
-
-def _positions(lines: Lines, start: int, merged: np.ndarray) -> np.ndarray:
-    return start + np.searchsorted(merged, lines.index)

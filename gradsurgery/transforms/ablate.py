@@ -16,7 +16,7 @@ from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.space import ParameterSpace, require_same_space, require_unpacked, unwrap
 from gradsurgery.anatomy.units import Units, require_units
 from gradsurgery.errors import PlanError
-from gradsurgery.tensors import Box, Indices, fill_, gather, is_sharded, local_part, put_, sum_over_shards
+from gradsurgery.tensors import Box, Indices, fill_, gather, is_sharded, local_part, put_, settle, sum_over_shards
 from gradsurgery.transforms.engine.program import box_columns
 
 Reinit = Literal["zero", "normal"]
@@ -53,6 +53,7 @@ def ablate_(model: nn.Module, units: Units, reinit: Reinit = "zero", generator: 
     model = unwrap(model)
     space = ParameterSpace.of(model)
     require_same_space(units.space, space, f"ablate_: {units.text or 'the selection'}")
+    settle(model)
     parameters = dict(model.named_parameters())
     region = removed_by(units)
     require_unpacked(space, region.entries, "ablate_")
@@ -65,12 +66,13 @@ def ablate_(model: nn.Module, units: Units, reinit: Reinit = "zero", generator: 
     if reinit == "zero":
         for name, found in boxes.items():
             fill_(parameters[name], found, 0.0)
-        return
-    stds = {name: _std_of_rest(parameters[name], part) for name, part in region.entries.items()}
-    draws = torch.Generator().manual_seed(_seed(generator, parameters))
-    for name, found in boxes.items():
-        for box in found:
-            _draw_(parameters[name], box, stds[name], draws)
+    else:
+        stds = {name: _std_of_rest(parameters[name], part) for name, part in region.entries.items()}
+        draws = torch.Generator().manual_seed(_seed(generator, parameters))
+        for name, found in boxes.items():
+            for box in found:
+                _draw_(parameters[name], box, stds[name], draws)
+    settle(model)
 
 
 def removed_by(units: Units) -> Region:

@@ -15,6 +15,7 @@ from gradsurgery.anatomy.space import ParameterSpace, require_same_space, requir
 from gradsurgery.errors import ArtefactError, PlanError
 from gradsurgery.losses.references.base import Reference, forward_logits
 from gradsurgery.losses.references.kept import Kept, layout_of
+from gradsurgery.tensors import settle
 from gradsurgery.transforms.base import require_entries
 
 
@@ -69,11 +70,10 @@ class Snapshot(Reference):
             for name, kept in self._kept.items():
                 for number in kept.exchange_(parameters[name]):
                     swapped[name] = number
-            torch.clear_autocast_cache()
+            settle(base)
             yield
         finally:
-            _reshard(base)  # FSDP2 may hold gathered weights, and would go on with the snapshot's
-            torch.clear_autocast_cache()
+            settle(base)
             for name, kept in self._kept.items():
                 for _ in kept.exchange_(parameters[name], most=swapped[name]):
                     pass
@@ -111,7 +111,7 @@ class Snapshot(Reference):
     def _bind(self, model: nn.Module) -> None:
         """Keep the entries of a model: those it has, or those that were loaded."""
         base = unwrap(model)
-        _reshard(base)
+        settle(base)
         space = ParameterSpace.of(base)
         require_same_space(self.region.space, space, f"the region of {self.describe()}")
         require_unpacked(space, self.region.entries, self.describe())
@@ -133,7 +133,7 @@ class Snapshot(Reference):
         """The model's parameters, after checking that the kept values are theirs."""
         if self._model is None or self._model() is not base:
             raise PlanError(f"{self.describe()} was taken of another model; call take(model) for this one.")
-        _reshard(base)
+        settle(base)
         parameters: dict[str, Tensor] = dict(base.named_parameters())
         for name, kept in self._kept.items():
             if (now := layout_of(parameters[name])) != kept.layout:
@@ -144,13 +144,6 @@ class Snapshot(Reference):
             if kept.values.device != (device := parameters[name].device):
                 kept.values = kept.values.to(device)
         return parameters
-
-
-def _reshard(base: nn.Module) -> None:
-    """Let FSDP2 drop the weights that it gathered."""
-    for module in base.modules():
-        if any(parent.__name__ == "FSDPModule" for parent in type(module).__mro__):
-            module.reshard()  # type: ignore[operator]
 
 
 def snapshot(region: Region) -> Snapshot:
