@@ -1,4 +1,4 @@
-"""The command line: ``gradsurgery inspect``, ``gradsurgery version``."""
+"""The command line: ``gradsurgery inspect``, ``gradsurgery key``, ``gradsurgery version``."""
 
 from gradsurgery.cli.command import main
 

@@ -2,97 +2,42 @@
 
 from __future__ import annotations
 
-import warnings
+import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from gradsurgery.anatomy.anatomy import Anatomy
-from gradsurgery.anatomy.dissect import dissect
 from gradsurgery.anatomy.entries import Entries, all_bits, indices_of, span_of
 from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.units import Units
-from gradsurgery.errors import ArtefactError, PlanError
+from gradsurgery.cli.models import add_model, anatomy_of
 
 
-def inspect(source: str, auto_class: str | None, save: Path | None, select: str | None, groups: bool) -> None:
-    """Print the anatomy of ``source``; see ``gradsurgery inspect --help``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = config_of(source)
-        anatomy = dissect(on_meta(config, auto_class))
+def add_inspect(commands: Any) -> None:
+    """The command's arguments."""
+    command = commands.add_parser(
+        "inspect",
+        help="print the anatomy of a model: its heads, KV groups, neurons and experts",
+        description="Print the anatomy of a model or config. Weights are not loaded.",
+    )
+    add_model(command)
+    command.add_argument("--save", type=Path, metavar="anatomy.json", help="write the anatomy as JSON")
+    command.add_argument("--select", metavar="TEXT", help='a selection, e.g. "heads[:, -1:] | neurons[:, -64:]"')
+    command.add_argument("--groups", action="store_true", help="list the unit groups")
+    command.set_defaults(run=inspect)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Print the anatomy of a model; see ``gradsurgery inspect --help``."""
+    anatomy = anatomy_of(options.model, options.auto_class)[0]
     print(anatomy)
-    if groups:
+    if options.groups:
         print_groups(anatomy)
-    if select is not None:
-        print_region(anatomy.select(select))
-    if save is not None:
-        anatomy.save(save)
-        print(f"saved {save}")
-
-
-def config_of(source: str) -> Any:
-    """The config a path, hub name or model type means.
-
-    Raises:
-        ArtefactError: there is none; the message says what was tried.
-    """
-    from transformers import CONFIG_MAPPING, AutoConfig
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    path = Path(source).expanduser()
-    local = path.exists()
-    if not local and source in CONFIG_MAPPING:
-        return CONFIG_MAPPING[source]()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ArtefactError(f"{path} holds no config.json. Name a folder written by save_pretrained.")
-    try:
-        return AutoConfig.from_pretrained(path if local else source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        if local:
-            first = str(error).strip().splitlines()[0]
-            raise ArtefactError(f"{path} is not a config that transformers knows: {first}") from error
-        raise ArtefactError(
-            f"{source!r} is neither a file or folder, nor a model type, and the hub does not give its config (offline, "
-            f"or no such model). Download it once and name the folder: gradsurgery inspect ./my-model."
-        ) from error
-
-
-def on_meta(config: Any, auto_class: str | None = None) -> nn.Module:
-    """The model of a config, without storage.
-
-    Raises:
-        PlanError: no class of ``transformers`` can be built from it.
-    """
-    import transformers
-
-    if auto_class is not None and not hasattr(getattr(transformers, auto_class, None), "from_config"):
-        raise PlanError(f"transformers has no {auto_class!r} that builds from a config; try AutoModelForCausalLM.")
-    makers = (
-        [auto_class] if auto_class else [*_stated(config), "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
-    )
-    for name in makers:
-        maker = getattr(transformers, name)
-        try:
-            with torch.device("meta"):
-                model = maker.from_config(config) if name.startswith("Auto") else maker(config)
-        except ValueError as error:
-            reason = str(error).strip().splitlines()[0]
-            continue
-        model.tie_weights()  # transformers 5.0 leaves that out on meta
-        return model
-    raise PlanError(
-        f"{makers[-1]} does not build from a {type(config).__name__}: {reason[:200]} Try another --auto-class."
-    )
-
-
-def _stated(config: Any) -> list[str]:
-    import transformers
-
-    return [name for name in config.architectures or () if hasattr(transformers, name)]
+    if options.select is not None:
+        print_region(anatomy.select(options.select))
+    if options.save is not None:
+        anatomy.save(options.save)
+        print(f"saved {options.save}")
 
 
 def print_groups(anatomy: Anatomy) -> None:

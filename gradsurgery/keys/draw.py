@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from gradsurgery.errors import SelectionError
 from gradsurgery.keys.lists import Side, Slot, Swap
 from gradsurgery.keys.passphrase import source_of
 from gradsurgery.keys.slots import SlotTable
+
+log = logging.getLogger("gradsurgery")
 
 Pools = dict[Any, dict[int, list[Slot]]]
 """Free slots by the shape of their units and by layer."""
@@ -153,9 +156,11 @@ def generate(
             budget = fraction * total - spent[k] if last else fraction * total * share
             key[name], used = fill(pools, sizes, budget, pairing, draws, name)
             spent[k] += used
+            if not key[name]:
+                log.warning("%s: its share, %.0f entries, is less than one swap; none is drawn.", name, budget)
         if kind == "expert":
             assert isinstance(anatomy, Anatomy)
-            blocked = set(_neurons_inside(anatomy, [slot for key in keys for swap in key[name] for slot in swap]))
+            blocked = set(neurons_inside(anatomy, [slot for key in keys for swap in key[name] for slot in swap]))
     if not any(swaps for key in keys for swaps in key.values()):
         raise SelectionError(f"fraction={fraction} of {total:,} entries is less than one swap; raise it.")
     from gradsurgery.keys.key import PermutationKey
@@ -271,7 +276,7 @@ def _take(slots: list[Slot], draws: random.Random) -> Slot:
     return slots.pop()
 
 
-def _neurons_inside(anatomy: Anatomy, experts: Iterable[Slot]) -> Iterable[Slot]:
+def neurons_inside(anatomy: Anatomy, experts: Iterable[Slot]) -> Iterable[Slot]:
     """The slots of neurons that lie inside some experts: who moves with its expert is not moved again."""
     from gradsurgery.anatomy import Units
     from gradsurgery.anatomy.entries import all_bits

@@ -21,7 +21,8 @@ def bits(lists: Mapping[str, tuple[Swap, ...]], anatomy: Anatomy, functional: bo
     such keys (the units of each place are dealt out to its partners, then paired), and within a place, ``(2n)!`` of the
     units that are dealt to it make ``(2n)! / (2^n n!)`` pairings. With ``functional``, pairings count once: which of
     the units that came from one layer takes which place there changes nothing that C2 computes (where units of a layer
-    are interchangeable, and none of whose halves are swapped).
+    are interchangeable, and none of whose halves are swapped). Experts and neurons are counted on their own, although
+    no key may swap both an expert and neurons inside it.
     """
     table, total = SlotTable.of(anatomy), 0.0
     for name, swaps in lists.items():
