@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from gradsurgery.errors import KeyStateError, PlanError
 from gradsurgery.keys import configuration as state
 from gradsurgery.keys.plan import KeyPlan
-from gradsurgery.tensors import Exchange, is_sharded, settle
+from gradsurgery.tensors import Exchange, is_sharded, settle, unreduced
 
 if TYPE_CHECKING:
     from gradsurgery.keys.key import PermutationKey
 
-Slots = Mapping[str, dict[str, Tensor]]
+Slots = Mapping[str, Mapping[str, Tensor]]
 Follower = tuple[Exchange, dict[str, Tensor]]
 
 
@@ -93,6 +93,11 @@ def _swap(
     fresh: dict[str, Tensor] = {}
     late: dict[str, dict[str, Tensor]] = {}
     if gradients:
+        if unreduced(base):
+            raise PlanError(
+                "FSDP holds gradients that it has not reduced, which cannot follow the weights: swap after a backward "
+                "with model.set_requires_gradient_sync(True), or leave gradients where they are (gradients=False)."
+            )
         found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         if found:
             fresh = _missing(exchange, found, parameters)
@@ -110,7 +115,7 @@ def _swap(
     for name, gradient in fresh.items():
         parameters[name].grad = gradient
     for slot, filled in late.items():
-        slots[slot].update(filled)
+        slots[slot].update(filled)  # type: ignore[attr-defined]
     return made
 
 

@@ -61,19 +61,26 @@ class Configuration:
         made: By fingerprint, names of gradients that were made for it (zeros), to be taken away again.
         stale: Gradients that are in another configuration than the weights.
         guards: Ids of the hooks on each module, so that a copy of the model can be unkeyed as well.
+        base: The model, weakly.
     """
 
     applied: dict[str, frozenset[Any]] = field(default_factory=dict)
     made: dict[str, list[str]] = field(default_factory=dict)
     stale: Stale | None = None
     guards: dict[str, tuple[int, int]] = field(default_factory=dict)
+    base: weakref.ref[nn.Module] | None = None
 
     @property
     def now(self) -> frozenset[str]:
         return frozenset(self.applied)
 
     def __deepcopy__(self, memo: Any) -> Configuration:
-        return Configuration(dict(self.applied), {k: list(v) for k, v in self.made.items()}, None, dict(self.guards))
+        out = Configuration(dict(self.applied), {k: list(v) for k, v in self.made.items()}, None, dict(self.guards))
+        twin = memo.get(id(self.base())) if self.base is not None else None  # the copy that this becomes a part of
+        if isinstance(twin, nn.Module):
+            out.base = weakref.ref(twin)
+            watch(twin)
+        return out
 
     def __reduce__(self) -> Any:
         raise KeyStateError(
@@ -104,7 +111,7 @@ def enter(base: nn.Module, fingerprint: str, slots: frozenset[Any], names: Itera
     """Note that a key is applied, and put the guards up."""
     held = configuration_of(base)
     base.__dict__[HELD] = held
-    held.applied[fingerprint] = slots
+    held.applied[fingerprint], held.base = slots, weakref.ref(base)
     held.guards.update(guard(base, names, held.guards))
     watch(base)
     return held

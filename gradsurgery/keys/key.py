@@ -78,10 +78,17 @@ class PermutationKey(WeightTransform):
 
     # what it is
 
-    @property
+    @cached_property
     def lists(self) -> dict[str, tuple[Swap, ...]]:
-        """The lists that hold swaps, by name."""
-        return {name: getattr(self, name) for name in LISTS if getattr(self, name) != ()}
+        """The lists that hold swaps, by name.
+
+        Raises:
+            SelectionError: something that is no list of swaps ``[[layer, i], [layer, j]]`` of whole numbers.
+        """
+        given = {name: getattr(self, name) for name in LISTS}
+        for name, swaps in given.items():
+            check_swaps(name, swaps)
+        return {name: swaps for name, swaps in given.items() if swaps}
 
     def __len__(self) -> int:
         return sum(map(len, self.lists.values()))
@@ -89,8 +96,6 @@ class PermutationKey(WeightTransform):
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits of the swaps, whatever their order: names the key without giving it away."""
-        for name, swaps in self.lists.items():
-            check_swaps(name, swaps)
         text = json.dumps({name: canonical(swaps) for name, swaps in self.lists.items()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -109,6 +114,10 @@ class PermutationKey(WeightTransform):
 
     def __repr__(self) -> str:
         """Without the swaps: a key is a secret, and logs are not."""
+        try:
+            _ = self.lists
+        except SelectionError:
+            return "PermutationKey(malformed; key.fingerprint says where)"
         counts = [f"{name}: {len(swaps)} swap{'s' * (len(swaps) != 1)}" for name, swaps in self.lists.items()]
         return f"PermutationKey({', '.join([*counts, f'fingerprint {self.fingerprint}'])})"
 
@@ -153,7 +162,8 @@ class PermutationKey(WeightTransform):
                 plan = self.plan(anatomy)
             require_unpacked(space, plan.weights.names, "a permutation key")
             warn_of(plan, base, self.lists)
-            known[id(self)] = weakref.ref(self), plan
+            number = id(self)
+            known[number] = weakref.ref(self, lambda _: known.pop(number, None)), plan
         return plan
 
     def validate(self, anatomy: Anatomy) -> None:

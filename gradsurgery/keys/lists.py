@@ -95,5 +95,5 @@ def canonical(swaps: tuple[Swap, ...]) -> list[Swap]:
 
 
 def _show(value: Any) -> str:
-    text = repr(value).replace("(", "[").replace(")", "]")
+    text = repr(value).replace(",)", ")").replace("(", "[").replace(")", "]")
     return text if len(text) < 80 else text[:77] + "…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -211,7 +212,8 @@ def shared_buffers(anatomy: Anatomy) -> set[str]:
 
 def notes_of(pairs: Sequence[tuple[Side, Ends]]) -> tuple[str, ...]:
     """What the anatomy knows of swapped heads that work differently in their new place."""
-    groups = {place.group for side, ends in pairs if side == "whole" for place, _ in ends if place.group.kind == "head"}
+    moved = [ends for side, ends in pairs if side == "whole" and ends[0][0].group.kind == "head" and not _alike(*ends)]
+    groups = {place.group for ends in moved for place, _ in ends}
     sloped = sorted(g.name for g in groups if len(set(g.exchange_classes)) == len(g) > 1)
     if not sloped:
         return ()
@@ -219,3 +221,9 @@ def notes_of(pairs: Sequence[tuple[Side, Ends]]) -> tuple[str, ...]:
         f"the heads of {sloped[0]} differ by position (ALiBi slopes or the like); where the model computes that, a "
         f"moved head works with the slope of its new place.",
     )
+
+
+def _alike(one: tuple[Place, np.ndarray], other: tuple[Place, np.ndarray]) -> bool:
+    """Heads that keep their number, in layers of one stack, have the same slopes there."""
+    names = [re.sub(r"\d+", "#", place.group.name) for place, _ in (one, other)]
+    return names[0] == names[1] and bool((one[1] == other[1]).all())

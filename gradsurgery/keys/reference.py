@@ -24,19 +24,15 @@ class KeyedSnapshot(Reference):
     def __init__(self, snapshot: Snapshot, key: PermutationKey) -> None:
         self.snapshot, self.key = snapshot, key
 
-    def take(self, model: nn.Module) -> None:
-        self.snapshot.take(model)
+    @property
+    def source(self) -> Snapshot:
+        """What is taken and saved: several tiers may share it."""
+        return self.snapshot
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         base = unwrap(model)
         with self.snapshot.applied(base), self.key.applied(base, gradients=False):
             return forward_logits(model, inputs)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.snapshot.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.snapshot.load_state_dict(state)
 
     def describe(self) -> str:
         return f"{self.snapshot.describe()} under {self.key.describe()}"

@@ -13,10 +13,13 @@ from gradsurgery.errors import PlanError
 from gradsurgery.keys import PermutationKey
 from gradsurgery.keys.reference import KeyedSnapshot
 from gradsurgery.losses import causal_lm, kl_divergence, snapshot
-from gradsurgery.surgery import Method, Pass
+from gradsurgery.surgery import Method, Pass, sample_one
 from gradsurgery.surgery.passes import Loss, Reference
 from gradsurgery.transforms import decay_to, freeze, mask
 from gradsurgery.transforms.stages import UpdateTransform
+
+DECOYS = 1
+"""Seed of the schedule that draws one decoy a step."""
 
 
 def private_finetune(
@@ -25,6 +28,9 @@ def private_finetune(
     kl_weight: float = 0.1,
     reference: Reference | None = None,
     anchors: Sequence[PermutationKey] = (),
+    decoys: int = 0,
+    decoy_weight: float = 0.3,
+    decoy_fraction: float = 0.5,
     l2: float = 0.0,
     permute: bool = True,
     loss: Loss = causal_lm,
@@ -40,6 +46,11 @@ def private_finetune(
         reference: What C1 is held to; by default a snapshot of the keyed entries at attach, all that can move.
         anchors: Keys of tiers finetuned earlier; each is held to its frozen self on ``batch["public"]`` as C1 is, and
             they share ``kl_weight`` equally.
+        decoys: Number of partial keys that are held to what they opened before: each step draws one of them and adds
+            ``decoy_weight`` times the divergence on ``batch["private"]`` under it. Without them, half of the key opens
+            half of what was learned, or more; with them far less, also halves that were not among them. Not in the
+            originals.
+        decoy_weight, decoy_fraction: Their weight, and the share of the key's swaps that each of them has.
         l2: Decoupled decay of the keyed entries towards zero, per unit of learning rate.
         permute: ``False`` trains the keyed entries where they stand in C1, as a control of what the key adds.
         loss: Loss on the private batch.
@@ -56,8 +67,15 @@ def private_finetune(
         ['private', 'public']
         >>> surgery.remove()
     """
+    for one in (key, *anchors):
+        if not isinstance(one, PermutationKey):
+            raise PlanError(f"private_finetune takes a gs.PermutationKey, and such as anchors, not {one!r}.")
     if isinstance(kl_weight, bool) or not isinstance(kl_weight, (int, float)) or not 0 <= kl_weight <= 1:
         raise PlanError(f"private_finetune: kl_weight is a number from 0 to 1, not {kl_weight!r}.")
+    if type(decoys) is not int or decoys < 0:
+        raise PlanError(f"private_finetune: decoys is a number of partial keys, not {decoys!r}.")
+    if decoys and not 0 < decoy_fraction < 1:
+        raise PlanError(f"private_finetune: decoy_fraction lies between 0 and 1, not {decoy_fraction!r}.")
     if anchors and not kl_weight:
         raise PlanError("private_finetune: anchors share kl_weight, and it is 0.")
     keyed = key.region(anatomy)
@@ -75,5 +93,10 @@ def private_finetune(
     if kl_weight < 1:
         under = [key, mask(public)] if permute else [mask(public)]
         passes.append(Pass("private", loss, under, stream="private", weight=1 - kl_weight))
+    for k in range(decoys):  # drawn from a seed: they tell no more than the key does
+        part = key.subset(decoy_fraction, seed=k)
+        under, refs = [part, mask(public)], {"reference": KeyedSnapshot(kept, part)}
+        when = sample_one(DECOYS)
+        passes.append(Pass(f"decoy {k + 1}", divergence, under, "private", weight=decoy_weight, when=when, refs=refs))
     update: list[UpdateTransform] = [decay_to(keyed, rate=l2)] if l2 else []
     return Method(passes, update=[*update, freeze(public)])

@@ -172,8 +172,8 @@ def predicts_next_token(model: nn.Module) -> bool:
 
 
 def references_of(method: Method) -> dict[str, Any]:
-    """What losses compare with, by ``pass: name``; one that several passes share comes once."""
-    found = {f"{p.name}: {name}": reference for p in method.passes for name, reference in p.refs.items()}
+    """What losses compare with, by ``pass: name``; what several of them share comes once."""
+    found = {f"{p.name}: {name}": getattr(r, "source", r) for p in method.passes for name, r in p.refs.items()}
     return {key: r for k, (key, r) in enumerate(found.items()) if all(r is not x for x in list(found.values())[:k])}
 
 

@@ -135,9 +135,9 @@ class Stepper:
             )
         self.abandon()
         self.finish(slots)
-        self._context = self.context(slots) if self.enabled else None
+        self._context = self.context(slots)
         for transform, state in self._updates:
-            if self._context is None:
+            if not self.enabled and not isinstance(transform, StepUnder):  # moments lie where the key takes them
                 transform.skip(state)
                 continue
             try:

@@ -234,14 +234,16 @@ class Surgery:
         take_state(state, self.method, self.base, self._stepper)
 
     def remove(self) -> None:
-        """Take every hook off the model and the optimizer."""
+        """Take every hook off the model and the optimizer; moments that were stepped in C2 return to C1."""
         self._board.remove()
-        self._stepper.remove()
-        self._passes.losses = {}
-        self.slots.clear()
-        self.attached = False
-        if attached_to(self.base) is self:
-            del self.base.__dict__[HELD]
+        try:
+            self._stepper.remove()
+        finally:
+            self._passes.losses = {}
+            self.slots.clear()
+            self.attached = False
+            if attached_to(self.base) is self:
+                del self.base.__dict__[HELD]
 
     def __enter__(self) -> Surgery:
         return self

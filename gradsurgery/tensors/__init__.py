@@ -13,7 +13,7 @@ from gradsurgery.tensors.boxes import (
 )
 from gradsurgery.tensors.exchange import Exchange
 from gradsurgery.tensors.lines import Lines, LineSwap
-from gradsurgery.tensors.settle import settle
+from gradsurgery.tensors.settle import settle, unreduced
 
 __all__ = [
     "Box",
@@ -29,4 +29,5 @@ __all__ = [
     "scale_",
     "settle",
     "sum_over_shards",
+    "unreduced",
 ]

@@ -22,6 +22,11 @@ class Reference:
 
     columns: tuple[str, ...] = ()
 
+    @property
+    def source(self) -> Reference:
+        """The reference that is taken at attach and saved: this one, or what it shares with others."""
+        return self
+
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """Evaluate on model inputs, in eval mode and without a graph."""
         raise NotImplementedError
