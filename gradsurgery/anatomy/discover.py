@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import AnatomyError
 from .discovery.blocks import Survey, survey
 from .discovery.declared import Declared, declare
 from .discovery.draft import Draft
 from .discovery.emit import groups_from
-from .discovery.experts import expert_drafts
+from .discovery.experts import Unreached, expert_drafts
 from .discovery.forward import forward
 from .discovery.inputs import dummy_inputs, widen_inputs
 from .discovery.memory import fresh, hollow, key_of, key_of_twins, recall
@@ -29,15 +30,18 @@ from .discovery.partition import Inner
 from .discovery.replica import learned, replica
 from .discovery.scale import Transfer, agree
 from .discovery.structure import structural_like, structural_of
+from .discovery.tables import tables_of
 from .discovery.trace import Trace
 from .discovery.twin import configs_of, needs_twin, twin_of
 from .discovery.verdict import judged
 from .discovery.verify import Judge
-from .discovery.wide import Wide
+from .discovery.wide import Settle, Wide
 from .groups import UnitGroup
 from .layouts import Layout
 
 log = logging.getLogger("gradsurgery")
+BATCHES = (2, 8, 32, 128)
+"""Examples of a forward: the first number, or the next ones while they reach more of the weights."""
 LARGEST_COPY = 300_000_000
 """Parameters up to which a model without a twin is copied, in float64, and examined itself."""
 
@@ -163,8 +167,23 @@ _Probed = tuple[nn.Module, Survey, list[Draft], Declared]
 def _probed(
     copy: nn.Module, inputs: Mapping[str, Any] | None, layouts: Sequence[Layout], twin: bool = False
 ) -> _Probed:
-    """What a replica or a twin shows, without what declarations replace; experts stay, for they count neuron groups."""
-    seen, fed = traced(copy, inputs)
+    """What a replica or a twin shows, without what declarations replace; experts stay, for they count neuron groups.
+
+    Where the tests route too few tokens to some expert, again with more of them. Inputs that were given stay.
+    """
+    for least in BATCHES[:-1]:
+        try:
+            return _probed_with(copy, inputs, layouts, twin, least)
+        except Unreached:  # noqa: PERF203
+            if inputs is not None:
+                raise
+    return _probed_with(copy, inputs, layouts, twin, BATCHES[-1])
+
+
+def _probed_with(
+    copy: nn.Module, inputs: Mapping[str, Any] | None, layouts: Sequence[Layout], twin: bool, least: int
+) -> _Probed:
+    seen, fed = traced(copy, inputs, least)
     declared = declare(layouts, copy, lambda: forward(copy, fed, Wide()), twin)
     declared.explain(seen)
     return copy, seen, declared.spared(verified(copy, seen, fed), experts=False), declared
@@ -178,10 +197,12 @@ def _scales(small: _Probed, large: _Probed) -> bool:
         return False
 
 
-def traced(copy: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[Survey, dict[str, Any]]:
-    """Trace one forward and couple every block; more tokens while that reaches more weights (experts)."""
+def traced(copy: nn.Module, inputs: Mapping[str, Any] | None, least: int = 2) -> tuple[Survey, dict[str, Any]]:
+    """Trace a forward of ``least`` examples and couple every block; more while that reaches more weights (experts)."""
     unread = None
-    for batch in (2, 8, 32, 128):
+    if any(isinstance(module, _BatchNorm) for module in copy.modules()):
+        forward(copy, widen_inputs(inputs) if inputs is not None else dummy_inputs(copy, batch=8), Settle())
+    for batch in [size for size in BATCHES if size >= least]:
         fed = widen_inputs(inputs) if inputs is not None else dummy_inputs(copy, batch=batch)
         fresh = Trace(copy)
         fresh_outputs = forward(copy, fed, fresh)
@@ -206,7 +227,7 @@ def verified(copy: nn.Module, seen: Survey, fed: dict[str, Any]) -> list[Draft]:
     judge = Judge(run, tensors)
     seen.silent = judge.silent()
     drafts = judged(seen.drafts, judge)
-    experts = expert_drafts(drafts, tensors, buffers, judge)  # numbers the drafts of their neurons
+    experts = expert_drafts(drafts, tensors, buffers, judge, tables_of(copy))  # numbers the drafts of their neurons
     return [*drafts, *experts]
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import gradsurgery as gs
 from gradsurgery.errors import AnatomyError
-from tests.anatomy import custom, custom_vision
+from tests.anatomy import custom, custom_mixers, custom_vision
 from tests.anatomy.custom import GPT, HEADS, HIDDEN, MLP, SIZE, VOCABULARY, WIDTH, Block, Perceptron
 from tests.zoo.check import check
 
@@ -139,6 +139,43 @@ def test_keys_and_values_of_another_width() -> None:
 def test_experts_that_all_compute() -> None:
     anatomy = verified(GPT(*two(lambda: Block(mlp=custom.DenseExperts()))), IDS)
     assert units_of(anatomy) == {("head", HEADS): 2, ("expert", 3): 2, ("neuron", 7): 6}
+
+
+def test_states_that_decay_at_once() -> None:
+    anatomy = verified(GPT(*two(lambda: Block(custom_mixers.Decay()))), IDS)
+    assert units_of(anatomy) == PLAIN
+    held = {str(f.name).rpartition("attn.")[2] for g in anatomy.groups if g.kind == "head" for f in g.footprints}
+    assert held == {"q.weight", "k.weight", "v.weight", "a.weight", "a_log", "out.weight"}
+
+
+def test_learned_queries() -> None:
+    anatomy = verified(GPT(*two(lambda: Block(custom_mixers.Pooled()))), IDS)
+    assert units_of(anatomy) == {("head", 3): 2, ("neuron", HIDDEN): 2}
+    assert "blocks.0.attn.queries" in anatomy.heads[0, 0].parameters()
+
+
+def test_what_writes_an_activation_inside_a_single_unit_is_its_own() -> None:
+    anatomy = verified(GPT(*two(lambda: Block(custom_mixers.OneKey()))), IDS)
+    assert units_of(anatomy)["kv_group", 1] == 2
+    held = {str(f.name) for group in anatomy.groups if group.kind == "kv_group" for f in group.footprints}
+    assert {"blocks.0.attn.depthwise.weight", "blocks.0.attn.depthwise.bias"} <= held
+    assert not any("attn" in name for name in anatomy.structural)
+
+
+def test_a_bias_that_softmax_ignores_follows_its_filters() -> None:
+    assert units_of(verified(custom_mixers.LinearAttention(), PIXELS)) == {("latent", 100): 1, ("neuron", 100): 1}
+
+
+def test_experts_that_a_table_assigns() -> None:
+    model = custom_mixers.Hashed()
+    for table in model.buffers():
+        table.copy_(torch.rand(len(table), 4).argsort(-1)[:, :2])
+    for loaded in (True, False):  # without a checkpoint every token has the first expert
+        anatomy = verified(model, IDS) if loaded else gs.dissect(custom_mixers.Hashed(), IDS)
+        assert units_of(anatomy) == {("expert", 4): 2, ("neuron", 7): 8}
+        experts = [group for group in anatomy.groups if group.kind == "expert"]
+        assert all(group.exchange_classes == (0, 1, 2, 3) for group in experts)
+        assert {f.name for f in experts[0].footprints} == {f"blocks.0.{n}" for n in ("up", "down", "router.weight")}
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])

@@ -8,13 +8,15 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gradsurgery.anatomy.discover import discover
 from gradsurgery.anatomy.discovery.inputs import dummy_inputs
 from gradsurgery.errors import AnatomyError
-from tests.zoo.builder import ZOO, build, build_any
+from tests.zoo.builder import ZOO, build, build_any, runnable
 from tests.zoo.check import check
+from tests.zoo.sweep import MAPPINGS
 
 warnings.filterwarnings("ignore", module="transformers")
 
@@ -147,6 +149,29 @@ def test_a_module_without_a_config():
 def test_unknown_inputs_are_an_error():
     with pytest.raises(AnatomyError, match="inputs"):
         discover(Plain())
+
+
+#: Shapes (see the zoo's ``SHAPES``) in which an architecture is harder than in others.
+HARD = [
+    ("causal/longcat_flash", 1),  # few tokens for some expert, among experts that do nothing
+    ("causal/qwen4_exp_text", 1),  # a state that decays at once
+    ("causal/zaya", 2),  # one key head behind two convolutions
+    ("causal/inkling2_text", 0),  # learned queries over layers
+    ("causal/laguna", 1),  # an expert that the check's tokens do not choose
+    ("image/pvt", 0),  # positions for pictures of another size
+    ("image/levit", 1),  # keys through batch norms, which overflow without statistics of their own
+    ("image/mobilevitv2", 1),  # a bias that the softmax ignores
+]
+
+
+@pytest.mark.parametrize(("name", "seed"), HARD)
+def test_units_of_hard_shapes_hold(name, seed):
+    mapping, kind = name.split("/")
+    if kind not in CONFIG_MAPPING:
+        pytest.skip("not in this release of transformers")
+    model, outputs, tolerance = runnable(kind, MAPPINGS[mapping][0], seed)
+    found = discover(model)
+    assert not check(model, outputs, found.groups, found.structural, tolerance)
 
 
 @pytest.mark.slow

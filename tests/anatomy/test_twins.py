@@ -223,8 +223,44 @@ LARGE: dict[str, tuple[str, str, dict[str, Any], dict[tuple[str, int, int], int]
         {("head", 32, 16): 36, ("kv_group", 16, 1): 36, ("head", 16, 2): 12, ("kv_group", 2, 1): 12}
         | {("neuron", 512, 1): 48 * 513, ("expert", 512, 1): 48},
     ),
+    "stablelm_3b": (CAUSAL, "stablelm", {}, {("head", 32, 1): 32, ("neuron", 6912, 1): 32}),
+    "blt": (
+        CAUSAL,
+        "blt",
+        {},
+        {("head", 16, 1): 44, ("neuron", 2730, 1): 1, ("neuron", 1024, 1): 1}
+        | {("neuron", 5632, 1): 25, ("neuron", 2816, 1): 9},
+    ),
+    "xlm": (CAUSAL, "xlm", {}, {("head", 16, 1): 12, ("neuron", 8192, 1): 12}),
+    "xmod": (CAUSAL, "xmod", {}, {("head", 12, 1): 12, ("neuron", 3072, 1): 12, ("neuron", 384, 1): 12}),
+    "switch_base_8": (
+        PAIR,
+        "switch_transformers",
+        {},
+        {("head", 12, 12): 24, ("head", 12, 1): 12, ("expert", 8, 1): 6, ("neuron", 2048, 1): 18 + 6 * 8},
+    ),
+    "t5gemma2": (
+        PAIR,
+        "t5gemma2",
+        {},
+        {("head", 8, 4): 52, ("kv_group", 4, 1): 52, ("neuron", 9216, 1): 52},
+    ),
+    "zamba2": (
+        CAUSAL,
+        "zamba2",
+        {},
+        {("head", 8, 1): 54, ("kv_group", 1, 1): 54, ("head", 32, 1): 1, ("neuron", 10240, 1): 1}
+        | {("latent", 2560, 1): 1, ("latent", 128, 1): 9},
+    ),
+    "deepseek_v4": (
+        CAUSAL,
+        "deepseek_v4",
+        {},
+        {("head", 64, 8): 43, ("kv_group", 1, 1): 43, ("latent", 1024, 1): 43, ("neuron", 8192, 8): 43}
+        | {("expert", 256, 256): 3, ("expert", 256, 1): 40, ("neuron", 2048, 1): 43 * 257},
+    ),
 }
-HEAVY = ("jamba_52b", "qwen3_next_80b")
+HEAVY = ("jamba_52b", "qwen3_next_80b", "deepseek_v4")
 
 
 def on_meta(auto: str, kind: str, fields: dict[str, Any]) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,9 @@ def check_group(checker: Checker, group: UnitGroup, pairs: int = 2) -> list[str]
         heard = checker.restored(alone) > least
         if not heard:  # a pair that clips on every token, or an expert that none of the few tokens chose
             heard = checker.restored(rolled) > least
+        heard = heard or any(
+            checker.restored(partial(_revived, checker, group, a, b, seed)) > least for seed in range(3)
+        )
         if not heard and (group.kind == "expert" or ".experts." in group.name):
             heard = not checker.reaches(group)
         if not heard:
@@ -131,6 +135,17 @@ def check_group(checker: Checker, group: UnitGroup, pairs: int = 2) -> list[str]
     if group.closed != _closed(checker, group, units, consumers) and group.kind != "expert":
         wrong.append(f"closed={group.closed} is not so")
     return wrong
+
+
+def _revived(checker: Checker, group: UnitGroup, a: int, b: int, seed: int) -> float:
+    """How much the consumers of two units matter while their producers are others: few clip whatever these are."""
+    noise = torch.Generator().manual_seed(seed)
+    slots = [k for k in range(len(group.footprints)) if k not in group.consumer_slots]
+    for unit in (group.units[a], group.units[b]):
+        checker.fill([unit[k] for k in slots], noise)
+    base = checker.run()
+    checker.swap(group.consumers[a], group.consumers[b])
+    return checker.change(base)
 
 
 def _shuffle(checker: Checker, units: Sequence[Slices], classes: Iterable[list[int]]) -> float:
@@ -181,11 +196,14 @@ def check_layers(checker: Checker, groups: Sequence[UnitGroup]) -> list[str]:
     for (kind, _), alike in places.items():
         if len(alike) > 1:
 
-            def across(alike: list[UnitGroup] = alike) -> float:
-                checker.swap(alike[0].units[0], alike[-1].units[0])
+            def across(count: int, alike: list[UnitGroup] = alike) -> float:
+                for one, other in list(zip(alike[0].units, alike[-1].units, strict=False))[:count]:
+                    checker.swap(one, other)
                 return checker.change()
 
-            if not checker.restored(across) > 1e-9 and all(checker.reaches(g) for g in alike):
+            # all of them where one alone is silent: an expert that none of the few tokens chose
+            heard = any(checker.restored(partial(across, n)) > 1e-9 for n in (1, len(alike[0])))
+            if not heard and all(checker.reaches(g) for g in alike):
                 wrong.append(f"{kind}s of {alike[0].name} and {alike[-1].name} can be swapped")
     return wrong
 

@@ -54,7 +54,7 @@ def images(s: Shape) -> dict[str, dict[str, Any]]:
     }
     textnet |= {"image_size": 32, "hidden_sizes": [8, 8, 12, 16, 20], "stem_out_channels": 8}
     levit = {
-        "image_size": 64,
+        "image_size": 128,  # with 64, the last stage has one token, which attends to itself
         "patch_size": 16,
         "hidden_sizes": [16, 24, 32 + 4 * s.number],
         "num_attention_heads": [2, 3, 4],

@@ -9,7 +9,7 @@ from torch import Tensor
 from .composite import opaque
 from .coupling import Lines, Reach, gradients, lines_into, reach_of
 from .draft import Draft, Findings
-from .group import Cluster, claimed, clusters_of, drafts_of
+from .group import Biases, Cluster, claimed, clusters_of, drafts_of
 from .linearity import is_linear
 from .node import Node, cotangent
 from .partition import Inner, block_of, inner_lists
@@ -61,7 +61,7 @@ def survey(model, trace: Trace, outputs: list[Tensor]) -> Survey:  # type: ignor
     return seen
 
 
-def couple(seen: Survey, block: str, nodes: list[Node], biases: dict[str, tuple[str, int]]) -> Findings:
+def couple(seen: Survey, block: str, nodes: list[Node], biases: Biases) -> Findings:
     """Units of one block, unverified."""
     tensors = {name: t for name, t in seen.trace.tensors.items() if seen.blocks[name] == block}
     private = {name: mask for name in tensors if (mask := seen.reach.private(name)) is not None}
@@ -72,7 +72,7 @@ def couple(seen: Survey, block: str, nodes: list[Node], biases: dict[str, tuple[
     lines = [lines_into(node, block, tensors, private, seen.known) for node in nodes]
     forget_lone_restrictions(lines)
     sparse = frozenset(name for name in tensors if name in weights and seen.reach.sparse(name))
-    sparse |= {biases[name][0] for name in sparse if name in biases}
+    sparse |= {bias for name in sparse for bias, _ in biases.get(name, ())}
     found_sparse = dict.fromkeys(sparse, SPARSE)
     found = Findings(structural=found_sparse)
     clusters = clusters_of(nodes, lines)
@@ -118,17 +118,18 @@ def forget_lone_restrictions(lines: list[list[Lines]]) -> None:
                     del line.touched[dim]
 
 
-def biases_of(trace: Trace) -> dict[str, tuple[str, int]]:
-    """Weight -> its bias and the dimension of the weight that the bias runs along."""
-    found = {}
+def biases_of(trace: Trace) -> Biases:
+    """Weight -> its bias and the dimension that the bias runs along; a norm's gain -> what it shifts by."""
+    found = {gain: [(name, 0) for name in names] for gain, names in trace.shifts.items()}
     for node in trace.nodes.values():
         for read in node.reads:
             shape = tuple(read.parameter.shape)
-            if read.bias is None or len(shape) != 2 or tuple(read.view.shape) not in (shape, shape[::-1]):
+            flat = len(shape) == 2 and tuple(read.view.shape) in (shape, shape[::-1])
+            if read.bias is None or not (flat or (read.filters and tuple(read.view.shape) == shape)):
                 continue
-            columns = next(iter(read.index), None)
+            columns = next(iter(read.index), None) if flat else read.column_dims[0]
             if columns is not None and trace.tensors[read.bias].shape == (shape[1 - columns],):
-                found[read.name] = read.bias, 1 - columns
+                found[read.name] = [(read.bias, 1 - columns)]
     return found
 
 

@@ -23,6 +23,31 @@ def seen_through(mode: TorchFunctionMode) -> Iterator[None]:
         yield
 
 
+def written_out(
+    call: Callable[[Callable, tuple, dict], Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Scaled dot-product attention as its two products, for queries, keys or values that are weights."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = call(torch.matmul, (query, key.transpose(-2, -1)), {}) * scale
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return call(torch.matmul, (call(torch.softmax, (scores, -1), {}), value), {})
+
+
 def opaque(outputs: Iterable[Tensor], tensors: dict[str, Tensor]) -> set[str]:
     """Names of the tensors that reach ``outputs`` through an autograd function of somebody's own."""
     names = {id(tensor): name for name, tensor in tensors.items()}

@@ -122,6 +122,8 @@ PRODUCTS: dict[Callable, Callable[..., Product | None]] = {
     F.conv_transpose2d: _conv_transpose,
 }
 
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d)
+
 _KEYWORDS = {"input": 0, "weight": 1, "bias": 2, "other": 1, "batch1": 1, "batch2": 2, "mat1": 1, "dims": 2}
 
 

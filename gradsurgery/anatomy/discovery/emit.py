@@ -41,7 +41,7 @@ def name_of(draft: Draft) -> str:
     """The module that owns a draft: the innermost that holds all its tensors."""
     names = [n for s in draft.slots for n in ([s.name] if isinstance(s.name, str) else s.name)]
     common = common_module(names)
-    if draft.expert is not None and not common.endswith(f".{draft.expert}"):
+    if draft.expert is not None and not common.endswith((f".{draft.expert}", f"_{draft.expert}")):
         common = f"{common}.{draft.expert}"
     return common
 

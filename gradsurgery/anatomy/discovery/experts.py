@@ -16,6 +16,8 @@ from torch import Tensor
 from gradsurgery.errors import AnatomyError
 
 from .draft import Draft, Slot
+from .names import canonical_of
+from .tables import hold_renumbered
 from .verify import Judge
 
 _TRIALS = 4
@@ -24,8 +26,20 @@ _MOST = 4
 """Candidates that are tried in every combination, where not all of them move with the experts."""
 
 
-def expert_drafts(drafts: list[Draft], tensors: dict[str, Tensor], buffers: set[str], judge: Judge) -> list[Draft]:
-    """Verified expert groups; the neuron drafts are returned with their expert's number first."""
+Tables = dict[str, tuple[Tensor, int]]
+
+
+class Unreached(AnatomyError):
+    """Some experts met too few tokens to be judged; more of them may do."""
+
+
+def expert_drafts(
+    drafts: list[Draft], tensors: dict[str, Tensor], buffers: set[str], judge: Judge, tables: Tables
+) -> list[Draft]:
+    """Verified expert groups; the neuron drafts are returned with their expert's number first.
+
+    ``tables``: see ``tables_of``.
+    """
     taken = {(s.name, dim) for d in drafts for s in d.slots for dim in s.index}
     found: list[Draft] = []
     used: set[int] = set()
@@ -34,9 +48,10 @@ def expert_drafts(drafts: list[Draft], tensors: dict[str, Tensor], buffers: set[
         if any(id(member) in used for member in members):
             continue
         pools = [(scope, *_candidates(len(members), slots, scope, taken, tensors, buffers)) for scope in scopes]
-        units = _with_router(len(members), slots, pools, judge)
+        units = _with_router(len(members), slots, pools, judge, tables)
         if units is None:
             continue
+        _require_siblings(units, tensors)
         numbers = {id(member): number for number, member in enumerate(members)}
         used |= numbers.keys()
         for place, draft in enumerate(drafts):
@@ -135,10 +150,25 @@ def _require_all(members: list[Draft], slots: list[Slot], tensors: dict[str, Ten
         for dim, rows in slot.index.items() if isinstance(slot.name, str) and slot.role == "consumer" else ():
             size = tensors[str(slot.name)].shape[dim]
             if len(rows) == len(members) and len(np.unique(rows)) == rows.size < size:
-                raise AnatomyError(
+                raise Unreached(
                     f"{slot.name} holds {size // rows.shape[1]} experts, of which the example inputs reached "
                     f"{len(members)}: pass inputs with more tokens, gs.dissect(model, inputs)."
                 )
+
+
+def _require_siblings(units: Draft, tensors: dict[str, Tensor]) -> None:
+    """Raise where a list holds more elements like the experts than those."""
+    names = units.slots[0].name
+    if isinstance(names, str):
+        return
+    alike = [n for n in tensors if canonical_of(n) == canonical_of(names[0]) and n not in names]
+    around = common_module(list(names))
+    alike = [n for n in alike if n.startswith(around + ".") and tensors[n].shape == tensors[names[0]].shape]
+    if alike:
+        raise Unreached(
+            f"{around} holds {len(names) + len(alike)} experts, of which the example inputs reached {len(names)}: pass "
+            "inputs with more tokens, gs.dissect(model, inputs)."
+        )
 
 
 def _candidates(
@@ -163,7 +193,7 @@ def _candidates(
 _Pools = list[tuple[str, list[Slot], dict[int, list[Slot]]]]
 
 
-def _with_router(count: int, slots: list[Slot], pools: _Pools, judge: Judge) -> Draft | None:
+def _with_router(count: int, slots: list[Slot], pools: _Pools, judge: Judge, tables: Tables) -> Draft | None:
     """The experts with what moves along, and their exchange classes; everything nearby first, then less of it."""
     for choices in (_everything, _something):
         drafts = [
@@ -177,6 +207,9 @@ def _with_router(count: int, slots: list[Slot], pools: _Pools, judge: Judge) -> 
         for draft in drafts:  # experts in router groups are exchangeable within their group
             if any(judge.swaps(draft, *pair) for pair in ((0, 1), (0, count - 1))):
                 return replace(draft, classes=judge.classes(draft))
+        for draft in drafts:  # and those that a table chooses are not
+            if all(hold_renumbered(draft, tables, judge) for _ in range(_TRIALS)):
+                return replace(draft, classes=tuple(range(count)))
     return None
 
 

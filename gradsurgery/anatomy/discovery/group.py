@@ -17,6 +17,9 @@ from .crossing import merged, met
 from .draft import Draft, Slot, tiles_from_labels
 from .node import Node
 
+Biases = dict[str, list[tuple[str, int]]]
+"""Weight -> its biases, and for each the dimension of the weight that it runs along."""
+
 
 @dataclass
 class Cluster:
@@ -103,7 +106,7 @@ def _share(a: Lines, b: Lines) -> bool:
 def drafts_of(
     cluster: Cluster,
     block: str,
-    biases: dict[str, tuple[str, int]],
+    biases: Biases,
     weights: set[str],
     elsewhere: set[str],
     sparse: frozenset[str] = frozenset(),
@@ -256,7 +259,7 @@ class _Maker:
         cluster: Cluster,
         sets: dict,
         block: str,
-        biases: dict[str, tuple[str, int]],
+        biases: Biases,
         elsewhere: set,
         sparse: frozenset[str],
     ) -> None:
@@ -264,9 +267,8 @@ class _Maker:
         self.elsewhere, self.sparse = elsewhere, sparse
 
     def bias_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            bias: (self.sets[name][0].shape[dim],) for name, (bias, dim) in self.biases.items() if name in self.sets
-        }
+        known = [(name, *place) for name, places in self.biases.items() if name in self.sets for place in places]
+        return {bias: (self.sets[name][0].shape[dim],) for name, bias, dim in known}
 
     def joined(self, labels: np.ndarray) -> np.ndarray:
         """The labels with units joined that meet in one entry of a weight: what one writes and another reads."""
@@ -312,8 +314,8 @@ class _Maker:
             if index is not None:
                 slots.append(Slot(name, index))
         for slot in list(slots):
-            if slot.name in self.biases:  # the gradient of a key bias is rounding noise, so it follows its weight
-                bias, dim = self.biases[str(slot.name)]
+            # the gradient of a key bias is rounding noise, so it follows its weight
+            for bias, dim in self.biases.get(str(slot.name), ()):
                 slots = [s for s in slots if s.name != bias]
                 slots.append(Slot(bias, {0: slot.index[dim]} if dim in slot.index else {}))
         return slots

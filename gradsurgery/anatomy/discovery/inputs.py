@@ -65,6 +65,8 @@ def dummy_inputs(model: nn.Module, batch: int = BATCH, length: int = LENGTH, see
     if "global_attention_mask" in accepted:
         made["global_attention_mask"] = torch.zeros(rows, length, dtype=torch.long)
         made["global_attention_mask"][:, ::5] = 1
+    if "lang_ids" in accepted:  # adapters of every language
+        made["lang_ids"] = torch.arange(rows) % len(getattr(config, "languages", [0]))
     if "use_cache" in accepted:
         made["use_cache"] = False
     return made

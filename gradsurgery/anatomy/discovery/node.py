@@ -22,6 +22,8 @@ class Read:
     groups: int = 1
     bias: str | None = None
     bias_view: Tensor | None = None
+    filters: bool = False
+    """Whether it is a convolution's: then its bias has one entry a filter."""
     _index: Index | None = None
 
     @property

@@ -49,3 +49,32 @@ def blocks_at(pattern: tuple[int, ...], count: int, number: int) -> tuple[int, .
         if tuple(units % small) == tuple(pattern):
             return tuple((np.arange(count) % number).tolist())
     raise AnatomyError(f"the classes {pattern} of the twin have no clear form at {count} units")
+
+
+def shared_at(mine: np.ndarray, count: int, size: int, real: int) -> np.ndarray | None:
+    """Positions that several units share, at real size: those of a group of heads in a block-diagonal projection.
+
+    Groups in a row (``0 0 1 1``) or by turns (``0 1 0 1``), as many units a group as in the twin; where the twin has
+    all units, as many groups. ``None`` where every unit has positions of its own.
+
+    Args:
+        mine: Index array in the twin ``[units, positions]``.
+        count: Units of the real model.
+        size: Length of the dimension in the twin.
+        real: The same in the real model.
+    """
+    distinct, labels = np.unique(mine, axis=0, return_inverse=True)
+    units, groups = len(mine), len(distinct)
+    if groups in (1, units) or not np.array_equal(distinct.ravel(), np.arange(size)):
+        return None
+    labels, order = labels.ravel(), np.arange(units)
+    if units % groups == 0 and np.array_equal(labels, order // (units // groups)):
+        wanted = count * groups // units
+        place = np.arange(count) // (units // groups if count != units else count // wanted)
+    elif np.array_equal(labels, order % groups):
+        wanted, place = groups, np.arange(count) % groups
+    else:
+        return None
+    if real % wanted or count % wanted:
+        raise AnatomyError(f"{count} units do not share {real} entries as {units} share {size}")
+    return np.arange(real).reshape(wanted, -1)[place]

@@ -13,7 +13,7 @@ from .draft import Draft
 from .expert_plan import carried_experts, carried_members, count_at
 from .layout import Part, lengths_of, runs_of, starts_in
 from .names import Shapes
-from .patterns import blocks_at, classes_at
+from .patterns import blocks_at, classes_at, shared_at
 
 
 class Undetermined(AnatomyError):
@@ -108,6 +108,11 @@ class Plan:
     def _index(self, name: str, dim: int, draft: Draft, count: int) -> np.ndarray:
         """Index array of one slot at real size."""
         size, real = self.small[name][dim], self.large[name][dim]
+        mine = next(slot.index[dim] for slot in draft.slots if slot.name == name)
+        if draft.count > 1 and size == real and (mine == mine[:1]).all():  # one of several matrices in a stack
+            return np.tile(mine[:1], (count, 1))
+        if (together := shared_at(mine, count, size, real)) is not None:
+            return together
         families = self._families(name, draft)
         owners, groups, real_groups, counts = {}, {}, {}, {}
         for label, member in families.items():

@@ -18,6 +18,7 @@ from gradsurgery.errors import AnatomyError
 
 from .build import same_again
 from .plain import is_plain, plain_copy
+from .tables import fill_tables
 
 _HOOKS = (
     "_forward_hooks",
@@ -74,6 +75,7 @@ def prepare(twin: nn.Module, seed: int = 0) -> nn.Module:
     nn.Module.double(twin).train().eval()
     prefer_eager(twin)
     randomise(twin, seed)
+    fill_tables(twin, seed)
     for _, tensor, _ in learned(twin):
         tensor.requires_grad_(True)
     return twin

@@ -18,6 +18,7 @@ from gradsurgery.errors import AnatomyError
 
 from .build import config_of_class
 from .draft import Draft
+from .lengthen import lengthened
 from .names import (
     aliases_of,
     canonical_of,
@@ -50,7 +51,7 @@ class Transfer:
         self.twin, self.model = twin, model
         self.small, self.large = shapes_of(twin), shapes_of(model)
         self.within = within(self.large)
-        self.drafts = drafts
+        self.drafts, self.inner = drafts, inner
         self.by_block: dict[str, list[Draft]] = defaultdict(list)
         blocks, self.blocks = set(block_of(twin, inner).values()), block_of(model, inner)
         self.ranks: dict[str, int] = {}
@@ -103,7 +104,7 @@ class Transfer:
                 failure = failure or error
                 continue
             old, drafts = self.cache[key]
-            return source, drafts if old == block else [d.renamed(old, block) for d in drafts]
+            return source, drafts if old == block else _numbered([d.renamed(old, block) for d in drafts], block)
         assert failure is not None
         raise failure
 
@@ -122,12 +123,14 @@ class Transfer:
         """Drafts of one real block after its source in the twin."""
         drafts = self.by_block[source]
         numbers = {d.expert for d in drafts if d.expert is not None}
-        if len(numbers) == 1 and re.search(r"\.\d+\..*\.\d+$", source):  # experts that are elements of a list
-            drafts = [replace(d, expert=int(block.rpartition(".")[2])) if d.expert is not None else d for d in drafts]
+        if len(numbers) == 1 and _number_of(block) is not None:
+            drafts = _numbered(drafts, block)
             numbers = set()
         inside = {name: other for other, name in self.shared[0].items() if is_under(other, source)}
         moved = [d.each(lambda n: inside.get(n, n)).renamed(source, block) for d in drafts]
         small = {block + n[len(source) :] if source else n: s for n, s in self.small.items() if is_under(n, source)}
+        lists = [path for path in self.lengths[1] if is_under(path, block) and canonical_of(path) in self.inner]
+        moved, small = lengthened(moved, small, self.large, lists)
         plan = Plan(moved, small, self.large, self._counts(source, block, drafts), bool(numbers))
         return [d.each(lambda n: self.shared[1].get(n, n)) for d in plan.drafts()]
 
@@ -150,6 +153,20 @@ class Transfer:
                 count = min(known) if len(known) == 1 else int(scaled) if scaled.denominator == 1 else 0
                 counts[draft.count] = count
         return counts
+
+
+def _number_of(block: str) -> int | None:
+    """The number of an expert that is an element of a list, or of a dict by a name like ``expert_3``."""
+    found = re.search(r"\.\d+\..*[._](\d+)$", block)
+    return int(found[1]) if found else None
+
+
+def _numbered(drafts: list[Draft], block: str) -> list[Draft]:
+    """The neurons of one expert with its number; those of experts that share tensors stay."""
+    number, own = _number_of(block), {d.expert for d in drafts if d.expert is not None}
+    if number is None or len(own) != 1:
+        return drafts
+    return [replace(d, expert=number) if d.expert is not None else d for d in drafts]
 
 
 def agree(carried: list[Draft], found: list[Draft]) -> bool:

@@ -73,8 +73,9 @@ def parts_of(config: Any) -> list[Any]:
 
 
 def _loose_parts(config: Any) -> list[Any]:
-    """Configs that speak of a part of every layer and have no width of their own."""
-    return [part for part in parts_of(config) if not any(HIDDEN.search(name) for name in _fields(part))]
+    """Configs that speak of a part of every layer and have no width of their own, nor parts that have."""
+    own = lambda part: any(HIDDEN.search(name) for name in _fields(part))  # noqa: E731
+    return [part for part in parts_of(config) if not own(part) and not parts_of(part)]
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def _shrink(config: Any, step: int, kinds: Sequence[Kinds], known: dict[int, int
         for name, value in _fields(part).items():
             object.__setattr__(part, name, mapped(value, sizes.rule(name)))
     changes = {name: mapped(value, sizes.rule(name)) for name, value in fields.items()}
-    changes |= sizes.recurrent(changes)
+    changes |= sizes.per_head(changes) | sizes.recurrent(changes)
     changes |= _vocabulary(fields)
     changes |= stages_of(fields, step)
     if not is_staged(fields):

@@ -9,7 +9,7 @@ from typing import Any
 
 _WIDTHS = (44, 52, 28, 36, 60, 20, 68, 76, 84, 92)
 
-HEADS = re.compile(r"heads$|query_groups$|(^|_)(n|num)_head$|^(mamba_)?n_?groups$")
+HEADS = re.compile(r"heads$|query_groups$|(^|_)(n|num)_head$|^(mamba_)?n_?groups$|^o_groups$")
 _HEAD_SIZE = re.compile(
     r"^(?!num_|n_).*(head_dim|d_head|headdim|head_size|d_kv|kv_channels|dim_head|rotary_dim|key_dim)$"
 )
@@ -30,6 +30,7 @@ _LENGTH = re.compile(
     r"(max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len|context_length)$"
 )
 _WINDOW = re.compile(r"(sliding_window|window_size|chunk_size|attention_window)$")
+_TURNING = ("partial_rotary_factor", "rotary_pct", "rope_pct")
 _ASIDE = ("kv", "mamba", "linear", "index")
 """Parts of names of head counts that do not make the width of the residual stream."""
 
@@ -58,11 +59,13 @@ class Sizes:
         for source in (fields, *overrides):
             for name, value in source.items():
                 self.every.setdefault(name, []).extend(_integers(value))
-        self.size = 12 if step == 1 else 8
         counts = [v for v in self._values(HEADS) if v > 1]
         self.common = math.gcd(*counts) if counts else 1
         self.heads = _factor(counts, self.common, step)
         self.sizes = self._values(_HEAD_SIZE)
+        self.size = self._size(8)
+        if step == 1:
+            self.size = self._size(self.size + 4)
         self.hidden = sorted({v for v in self._values(HIDDEN) if v > 4})
         self.staged = any(isinstance(fields[n], (list, tuple)) for n in fields if HIDDEN.search(n) and self.every[n])
         self.widths: dict[tuple[str, int], int] = {}
@@ -100,6 +103,17 @@ class Sizes:
     def _head_size(self, value: int) -> int:
         common, base = math.gcd(*self.sizes), self.size if len(set(self.sizes)) == 1 else self.size // 2
         return max(2, value * base // common) if common > base else value
+
+    def _size(self, least: int) -> int:
+        """The size from which others follow, such that the part of each that rotary positions turn is even."""
+        rope = self.fields.get("rope_parameters")
+        sources = [self.fields, *([rope] if isinstance(rope, Mapping) else [])]
+        shares = [v for source in sources for n in _TURNING if isinstance(v := source.get(n), float) and 0 < v < 1]
+        for self.size in range(least, 64, 2):
+            heads = [self._head_size(v) for v in self.every.get("head_dim", [])] or [self.size]
+            if all(head * share % 2 < 1e-9 for head in heads for share in shares):
+                return self.size
+        return least
 
     def _width(self, name: str, value: int) -> int:
         """Equal widths of one field stay equal, others are told apart."""
@@ -140,6 +154,19 @@ class Sizes:
         if all(v <= most for v in self._values(_EXPERTS)):
             return None
         return lambda v: min(v, 3 if _CHOSEN.search(name) else most)
+
+    def per_head(self, changes: Mapping[str, Any]) -> dict[str, int]:
+        """A head size that is the width over the heads stays that, where another part of the config set the width."""
+        found: dict[str, int] = {}
+        for heads, counts in self.main_heads().items():
+            own = [name for name in ("hidden_size", "d_model") if type(self.fields.get(name)) is int]
+            if not own or type(changes.get(heads)) is not int:
+                continue
+            width, small = self.fields[own[0]], changes[own[0]]
+            for name, value in self.fields.items():
+                if _HEAD_SIZE.search(name) and type(value) is int and value * counts[0] == width:
+                    found[name] = small // changes[heads]
+        return found
 
     def recurrent(self, changes: dict[str, Any]) -> dict[str, Any]:
         """State-space heads times their size must stay the expanded width."""

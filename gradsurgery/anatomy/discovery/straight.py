@@ -57,6 +57,11 @@ def leak(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x - x.detach(), torch.zeros_like(x))
 
 
+def faint(x: Tensor) -> Tensor:
+    """Zero, with a little of the gradient of ``x`` where its exponential has all but none: states that soon decay."""
+    return torch.where((x < -10) & (x > -1000), 5e-5 * (x - x.detach()), torch.zeros_like(x))
+
+
 def tempered(scores: Tensor, dim: int) -> Tensor:
     """Scores of at most unit spread along ``dim``, so that no softmax saturates; masked ones stay far below.
 

@@ -12,6 +12,7 @@ from gradsurgery.errors import AnatomyError
 
 from .blocks import Survey
 from .draft import Draft
+from .names import canonical_of
 from .trace import DISGUISED
 
 DECLARED = "declared structural"
@@ -90,12 +91,17 @@ def structural_like(  # type: ignore[no-untyped-def]
         AnatomyError: A parameter is in no unit, and its counterpart in the twin is not explained either.
     """
     held = {n for d in drafts for s in d.slots for n in ([s.name] if isinstance(s.name, str) else s.name)}
+    alike: dict[str, set[str]] = {}
+    for name, why in small.items():
+        alike.setdefault(canonical_of(name), set()).add(why)
     found, unknown = {}, []
-    for name, _ in model.named_parameters():
+    for name, parameter in model.named_parameters():
         block = blocks[name]
         twin = sources.get(block, "") + name[len(block) :] if block else name
         if twin in small:
             found[name] = small[twin]
+        elif name not in held and parameter.ndim < 2 and len(alike.get(canonical_of(twin), ())) == 1:
+            found[name] = next(iter(alike[canonical_of(twin)]))  # norms in a list of their own, longer than the twin's
         elif name not in held:
             unknown.append(name)
     if unknown:

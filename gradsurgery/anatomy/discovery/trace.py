@@ -16,16 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .composite import COMPOSITE, folded, seen_through
-from .contraction import PRODUCTS, Product, groups_of, narrowed, positional
+from .composite import COMPOSITE, folded, seen_through, written_out
+from .contraction import CONVOLUTIONS, PRODUCTS, Product, groups_of, narrowed, positional
 from .node import Node, Read
 from .replica import learned
-from .straight import CLIPPED, NORMS, ONE_SIDED, SATURATING, SOFTMAX, STATISTICS, is_statistic, leak
+from .straight import CLIPPED, NORMS, ONE_SIDED, SATURATING, SOFTMAX, STATISTICS, faint, is_statistic, leak
 from .updates import Updates
-from .wide import Wide, widened
+from .wide import EXPONENTIALS, Wide, widened
 
 _TIMES = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply, Tensor.mul_)
-_LOOKUPS = (Tensor.__getitem__, torch.index_select, Tensor.index_select, torch.gather, Tensor.gather, F.embedding)
+_LOOKUPS = (
+    *(Tensor.__getitem__, torch.index_select, Tensor.index_select, torch.gather, Tensor.gather, F.embedding),
+    F.interpolate,  # positions, for pictures of another size
+)
 _SIDE_BY_SIDE = (torch.cat, torch.concat, torch.stack)
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
 
@@ -43,6 +46,7 @@ class Trace(Wide):
         self.nodes: dict[tuple, Node] = {}
         self.embedded: set[str] = set()
         self.uses: dict[str, set[str]] = defaultdict(set)
+        self.shifts: dict[str, list[str]] = {}
         self.derived: dict[int, Tensor] = {}
         self.results: dict[int, tuple[Tensor, Read]] = {}
         self.updates = Updates(lambda tensor: self.owner(tensor) is not None)
@@ -61,6 +65,8 @@ class Trace(Wide):
                 return func(*args, **kwargs)
         if func is torch.einsum and len(args) > 3 and "->" in args[0] and "." not in args[0]:
             return folded(self.call, args[0], args[1:])
+        if func is F.scaled_dot_product_attention and any(self.owner(x) for x in args[:3]):
+            return written_out(self.call, *args, **kwargs)
         if func in PRODUCTS:
             args, kwargs, read = self.product(func, *positional(args, kwargs))
             result = func(*args, **kwargs)
@@ -76,12 +82,16 @@ class Trace(Wide):
 
     def straight(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """The result of a call that is no product, norms and clipped functions with a straight-through gradient."""
+        if func in NORMS or func is F.batch_norm:
+            self.shift(func, args)
         if func in NORMS:
             return NORMS[func](*args, **kwargs)
         if func is F.batch_norm:
             return super().call(func, args, kwargs)
         if func in CLIPPED:
             return F.leaky_relu(args[0], 0.3)
+        if func in EXPONENTIALS and args[0].is_floating_point():
+            return super().call(func, args, kwargs) + faint(args[0])
         if func in SOFTMAX:
             return super().call(func, args, kwargs)
         result = func(*self.chosen(func, args), **kwargs)
@@ -90,6 +100,13 @@ class Trace(Wide):
         if func in SATURATING:
             return result + 0.1 * leak(args[0])
         return result.detach() if func in STATISTICS and is_statistic(func, args, result) else result
+
+    def shift(self, func: Callable, args: tuple) -> None:
+        """Note what a norm adds or subtracts channel by channel, beside the gain that it multiplies by."""
+        gain, *others = (3, 1, 4) if func is F.batch_norm else (2, 3)
+        names = [self.owner(args[place]) if place < len(args) else None for place in (gain, *others)]
+        if names[0] is not None:
+            self.shifts[names[0]] = [name for name in names[1:] if name is not None]
 
     def derive(self, args: tuple, result: Any) -> None:
         """Note a weight that is computed from a parameter entry by entry: standardised, normalised, scaled."""
@@ -134,7 +151,7 @@ class Trace(Wide):
         node = self.node(x, tuple(a for a, _ in pairs))
         node.shared = int(np.prod([x.shape[a] for a, _ in meet.shared])) if meet.shared else 0
         parameter = self.derived.get(view.untyped_storage().data_ptr(), self.tensors[name])
-        read = Read(name, view.detach(), parameter, tuple(b for _, b in pairs), groups)
+        read = Read(name, view.detach(), parameter, tuple(b for _, b in pairs), groups, filters=func in CONVOLUTIONS)
         if meet.bias is not None and meet.bias < len(args) and self.owner(args[meet.bias]):
             read.bias, read.bias_view = self.owner(args[meet.bias]), args[meet.bias].detach()
         node.reads.append(read)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .crossing import twice
-from .draft import Draft
+from .draft import Draft, Slot
 from .names import canonical_of
-from .verify import Judge, disjoint
+from .structure import partly_held
+from .verify import Judge, consumers, disjoint, producers
 
 
 def judged(drafts: list[Draft], judge: Judge) -> list[Draft]:
@@ -36,7 +37,24 @@ def judged(drafts: list[Draft], judge: Judge) -> list[Draft]:
                 draft = replace(draft, classes=classes)
             if judge.heard(draft):
                 accepted[i] = draft
-    return _consistent([accepted.get(i) for i in range(len(guessed))], guessed)
+    fallen = [draft for i, draft in enumerate(guessed) if i not in accepted]
+    return _filled(_consistent([accepted.get(i) for i in range(len(guessed))], guessed), fallen, judge)
+
+
+def _filled(drafts: list[Draft], fallen: list[Draft], judge: Judge) -> list[Draft]:
+    """Give a single unit what writes an activation inside it: columns that only its own weights read are its own."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in judge.tensors.items()}
+    held = {slot.name for draft in drafts for slot in draft.slots}
+    full: dict[int, Draft] = {}
+    for draft in [d for d in drafts if d.count == 1]:
+        whole = {slot.name for slot in producers(draft) if not slot.index}
+        inside = [f for f in fallen if consumers(f) and whole.issuperset(s.name for s in consumers(f))]
+        names = {str(slot.name) for f in inside for slot in producers(f)} - held - partly_held(shapes, inside).keys()
+        if names:
+            larger = replace(draft, slots=(*draft.slots, *(Slot(name, {}) for name in sorted(names))))
+            full[id(draft)] = replace(larger, closed=judge.closed([larger])[0])
+    kept = [full.get(id(draft), draft) for draft in drafts]
+    return [replace(d, parent=full[id(d.parent)]) if id(d.parent) in full else d for d in kept]
 
 
 def uncrossed(draft: Draft, judge: Judge) -> Draft:

@@ -15,6 +15,9 @@ from .straight import SOFTMAX, batch_norm, tempered
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+EXPONENTIALS = (torch.exp, Tensor.exp)
+_LARGEST = 88.0
+"""Beyond, float32 overflows: a model means such values to be masked, and their gradient is not-a-number."""
 _CHOICES = (torch.topk, Tensor.topk, torch.argmax, Tensor.argmax)
 
 
@@ -38,6 +41,8 @@ class Wide(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func is F.batch_norm:
             return batch_norm(*args, **kwargs)
+        if func in EXPONENTIALS and args[0].is_floating_point():
+            return func(args[0].clamp(max=_LARGEST), *args[1:], **kwargs)
         if func in SOFTMAX and args and args[0].is_floating_point():
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if isinstance(dim, int):
@@ -69,3 +74,21 @@ def widened(func: Callable, args: tuple, kwargs: dict) -> tuple[Callable, tuple,
     if kwargs.get("dtype") in _NARROW:
         kwargs = {**kwargs, "dtype": torch.float64}
     return func, args, kwargs
+
+
+class Settle(Wide):
+    """Batch norms take the statistics of what reaches them, or deep nets would fade or overflow; no channels alike."""
+
+    def __init__(self) -> None:
+        super().__init__(scatter=True)
+        self.generator = torch.Generator().manual_seed(5)
+
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if func is F.batch_norm and isinstance(args[1], Tensor) and args[1].is_leaf and isinstance(args[2], Tensor):
+            x, mean, variance = (t.detach() for t in args[:3])
+            dims = [d for d in range(x.ndim) if d != 1]
+            noise = lambda: torch.rand(mean.shape, generator=self.generator, dtype=mean.dtype)  # noqa: E731
+            scale = x.var(dims, correction=0)
+            mean.copy_(x.mean(dims) + 0.1 * scale.sqrt() * (noise() - 0.5))
+            variance.copy_((scale + 0.1 * scale.mean() + 0.01) * (0.7 + 0.6 * noise()))
+        return super().call(func, args, kwargs)
