@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gradsurgery.errors import BatchError
-
-IGNORED = -100
+from gradsurgery.losses.cross_entropy import IGNORED, cross_entropy_op
 
 
 def shifted_labels(batch: Mapping[str, Any]) -> Tensor:
@@ -35,7 +33,7 @@ def count_tokens(batch: Mapping[str, Any]) -> Tensor:
 
 
 def causal_lm(outputs: Any, batch: Mapping[str, Any], refs: Mapping[str, Any]) -> Tensor:
-    """Mean cross-entropy of the next token, in nats, over all labelled positions; in fp32.
+    """Mean cross-entropy of the next token, in nats, over all labelled positions; in fp32, block by block.
 
     Args:
         outputs: Model outputs with ``logits`` ``[batch, token, vocabulary]``.
@@ -43,10 +41,14 @@ def causal_lm(outputs: Any, batch: Mapping[str, Any], refs: Mapping[str, Any]) -
         refs: Not used.
 
     Raises:
-        BatchError: neither labels nor input ids.
+        BatchError: neither labels nor input ids, or labels of another shape than the logits.
     """
-    targets = shifted_labels(batch).reshape(-1)
-    logits = outputs.logits.reshape(targets.numel(), -1)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    total = F.cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORED, reduction="sum")
-    return total / (targets != IGNORED).sum().clamp(min=1).to(logits.device)
+    logits: Tensor = outputs.logits
+    targets = shifted_labels(batch).to(logits.device)
+    if targets.shape != logits.shape[:-1]:
+        raise BatchError(
+            f"causal_lm: labels {list(targets.shape)} do not fit logits {list(logits.shape)}, which are [batch, token, "
+            f"vocabulary]."
+        )
+    total, _ = cross_entropy_op(logits, targets, 0)
+    return total / (targets != IGNORED).sum().clamp(min=1)

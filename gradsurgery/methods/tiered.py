@@ -74,11 +74,15 @@ def tiered(
     public = ~keyed
     names = [f"C{k + 2}" for k in range(len(keys))]
 
+    # two passes a step: their mean by halving the losses, which is exact, so that the few keyed entries alone are edited
+    halved = public_weights is None and (len(keys) == 1 or tiers != "all")
+    weight: float | str = "1/passes" if halved else 1.0
+
     def public_share(tier: int) -> list[Transform]:
         factor = "1/passes" if public_weights is None else float(public_weights[tier])
-        return [] if factor == 1.0 else [scale(public, factor)]
+        return [] if halved or factor == 1.0 else [scale(public, factor)]
 
-    passes = [Pass("C1", loss, under=[mask(keyed), *public_share(0)])]
+    passes = [Pass("C1", loss, [mask(keyed), *public_share(0)], weight=weight)]
     trained_by: dict[int, list[str]] = {k: [] for k in range(len(keys))}
     for k, name in enumerate(names):
         active = list(range(k + 1)) if cumulative else [k]
@@ -88,13 +92,14 @@ def tiered(
         if others := [regions[i] for i in range(len(keys)) if i not in active]:
             under.append(mask(_union(others)))
         for i in active:
-            in_step = len(keys) - i if cumulative and tiers == "all" else 1
-            factor = float(keyed_weights[k]) if keyed_weights is not None else 1 / in_step
+            sharing = len(keys) - i if cumulative and tiers == "all" else 1
+            factor = float(keyed_weights[k]) if keyed_weights is not None else 1 / sharing
+            if halved:
+                under.append(scale(regions[i], "passes"))
             if factor != 1.0:
                 under.append(scale(regions[i], factor))
-        passes.append(
-            Pass(name, loss, under=[*under, *public_share(k + 1)], when=_when(tiers, every, k, len(keys), seed))
-        )
+        when = _when(tiers, every, k, len(keys), seed)
+        passes.append(Pass(name, loss, [*under, *public_share(k + 1)], weight=weight, when=when))
     update: list[UpdateTransform] = [StepUnder(keys[0])] if step_in == "C2" else []
     if every > 1 or tiers != "all":
         update += [freeze(region, unless=tuple(trained_by[k])) for k, region in enumerate(regions)]

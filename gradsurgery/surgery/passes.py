@@ -31,7 +31,7 @@ class Pass:
         under: Forward transforms of this pass, and keys, which are applied in this order.
         stream: Take the sub-batch ``batch[stream]``.
         rows: Take the rows that this bool column flags (``"~column"``: the others).
-        weight: Factor of the loss in the backward.
+        weight: Factor of the loss in the backward, or ``"1/passes"``: one over the passes that run in this step.
         into: Slot that receives the gradient; with several losses, slot by loss name.
         when: Schedule (``gs.every(k)``, ``gs.sample_one(seed)``); ``None`` runs in every step.
         refs: ``name -> reference(model, batch)``, evaluated first, in eval mode, without graph and transforms.
@@ -46,7 +46,7 @@ class Pass:
     under: Sequence[Transform] = ()
     stream: str | None = None
     rows: str | None = None
-    weight: float = 1.0
+    weight: float | str = 1.0
     into: str | Mapping[str, str] = "main"
     when: Schedule | None = None
     refs: Mapping[str, Reference] = field(default_factory=dict)
@@ -56,8 +56,8 @@ class Pass:
             raise PlanError("a pass needs a name.")
         object.__setattr__(self, "under", as_tuple(self.under, f"pass {self.name!r}: under"))
         self._check_loss()
-        if not isinstance(self.weight, (int, float)) or not math.isfinite(self.weight):
-            raise PlanError(f"pass {self.name!r}: weight is a finite number, not {self.weight!r}.")
+        if self.weight != "1/passes" and (not isinstance(self.weight, (int, float)) or not math.isfinite(self.weight)):
+            raise PlanError(f'pass {self.name!r}: weight is a finite number or "1/passes", not {self.weight!r}.')
         if self.when is not None and not isinstance(self.when, Schedule):
             raise PlanError(f"pass {self.name!r}: when takes gs.every(k) or gs.sample_one(seed), not {self.when!r}.")
         for transform in self.under:
@@ -95,6 +95,10 @@ class Pass:
     @property
     def losses(self) -> dict[str, Loss]:
         return {self.name: self.loss} if callable(self.loss) else dict(self.loss)
+
+    def factor(self, passes: int) -> float:
+        """Factor of the loss in a step in which so many passes run."""
+        return 1 / passes if isinstance(self.weight, str) else self.weight
 
     def slot(self, loss: str) -> str:
         return self.into if isinstance(self.into, str) else self.into[loss]
@@ -156,7 +160,7 @@ def require_plain(p: Pass, host: str, instead: str) -> None:
         "rows": p.rows is not None,
         "refs": bool(p.refs),
         "a schedule": p.when is not None,
-        "a weight": p.weight != 1.0,
+        "a weight": p.weight not in (1.0, "1/passes"),  # who owns the loop runs one pass
         "a slot": p.into != "main",
         "a loss of its own": p.loss not in (causal_lm, model_loss),
     }

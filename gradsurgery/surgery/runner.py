@@ -69,11 +69,11 @@ class PassRunner:
             for name, loss in losses.items():
                 require_finite(name, loss)
             for k, (name, loss) in enumerate(losses.items()):
-                factor: Any = p.weight * share.share
+                factor: Any = p.factor(passes) * share.share
                 items: Any = 1.0
                 if num_items is not None:
                     items = items_of(p.losses[name], share, self.base).to(loss.device)
-                    factor = p.weight * per_item(items, num_items, name)
+                    factor = p.factor(passes) * per_item(items, num_items, name)
                 scaled = loss if isinstance(factor, float) and factor == 1.0 else loss * factor
                 more = {"retain_graph": True} if k + 1 < len(losses) else {}
                 with self.slots.installed(p.slot(name), parameters):

@@ -22,7 +22,8 @@ class Scale(OnRegion):
 
     Args:
         region: Entries that receive ``factor`` times the gradient.
-        factor: Any finite real, or ``"1/passes"``: one over the number of passes that run in this step.
+        factor: Any finite real, ``"1/passes"``: one over the number of passes that run in this step, or ``"passes"``:
+            that number, which undoes ``gs.Pass(weight="1/passes")`` for ``region``.
         where: Bool column ``[batch]`` or ``[batch, token]`` by name, or a tensor; ``None`` flags every row.
 
     Raises:
@@ -38,8 +39,10 @@ class Scale(OnRegion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.factor != "1/passes" and (isinstance(self.factor, str) or not math.isfinite(self.factor)):
-            raise PlanError(f'scale takes a finite number or "1/passes", not {self.factor!r}.')
+        if self.factor not in ("1/passes", "passes") and (
+            isinstance(self.factor, str) or not math.isfinite(self.factor)
+        ):
+            raise PlanError(f'scale takes a finite number, "1/passes" or "passes", not {self.factor!r}.')
 
     def describe(self) -> str:
         return super().describe()[:-1] + f", {self.factor}{describe_where(self.where)})"

@@ -45,7 +45,7 @@ class Atom:
         out = 1.0
         for column, value in self.factors:
             if column < 0 or code >> column & 1:
-                out *= 1.0 / passes if isinstance(value, str) else value
+                out *= value if not isinstance(value, str) else passes if value == "passes" else 1.0 / passes
         return out
 
 
