@@ -74,7 +74,7 @@ def tiered(
     public = ~keyed
     names = [f"C{k + 2}" for k in range(len(keys))]
 
-    # two passes a step: their mean by halving the losses, which is exact, so that the few keyed entries alone are edited
+    # the mean of two passes by halving the losses, which is exact: then the few keyed entries alone are edited
     halved = public_weights is None and (len(keys) == 1 or tiers != "all")
     weight: float | str = "1/passes" if halved else 1.0
 
