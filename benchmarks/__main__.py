@@ -1,6 +1,7 @@
-"""Run all benchmarks, interleaved; print a table and write JSON and Markdown.
+"""Run all benchmarks, interleaved; print tables and write JSON and Markdown.
 
 python -m benchmarks --pairs 25 --out runs/benchmarks
+python -m benchmarks --sections keys --threads 1
 """
 
 from __future__ import annotations
@@ -9,23 +10,30 @@ import argparse
 import os
 import platform
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
+from benchmarks import keys
 from benchmarks.dissection import dissect_70b
+from benchmarks.memory import peak
 from benchmarks.steps import candidates
 from benchmarks.timing import interleaved
 from gradsurgery.evaluation.tables import table
 from gradsurgery.files import write_json, write_text
 
+SECTIONS = ("steps", "keys")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "--pairs", type=int, default=25, help="counted runs of each candidate, each between two stock steps"
+        "--pairs", type=int, default=25, help="counted runs of each candidate, each between two of the baseline"
     )
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure")
     parser.add_argument("--only", default="", help="run the rows whose name matches this regular expression")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's default)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -38,10 +46,56 @@ def main() -> None:
         "transformers": transformers.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {options.device}",
     }
+    measured: dict[str, Any] = dict(facts)
+    texts = []
+    for section in options.sections:
+        text, raw = {"steps": measure_steps, "keys": measure_keys}[section](options)
+        texts.append(text)
+        measured[section] = raw
+    text = "\n\n".join([*texts, ", ".join(f"{name} {value}" for name, value in facts.items()) + "."])
+    print(text)
+    write_json(options.out / "benchmarks.json", measured)
+    write_text(options.out / "benchmarks.md", text + "\n")
+
+
+def measure_steps(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """SGTM and freeze against the stock step; dissecting a large model."""
     dissection = dissect_70b()  # first: the peak memory is the process's own
     stock, rows = candidates(options.device)
+    text, raw = compare("Stock step", "step", stock, rows, options)
+    large = (
+        f"`gs.dissect` of a Llama-70B-sized config on `meta`: {dissection['seconds']:.1f} s, "
+        f"peak of the process {dissection['peak_gib']:.2f} GiB, {int(dissection['units']):,} units."
+    )
+    return f"{text}\n\n{large}", {**raw, "dissect": dissection}
+
+
+def measure_keys(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Keys against a plain copy of the bytes they touch, tiered steps against the stock step, and memory."""
+    plain, swaps, fact = keys.swaps(options.device)
+    swapped, raw_swaps = compare(f"Two copies of {fact}", "apply and take back", plain, swaps, options)
+    stock, rows = keys.steps(options.device)
+    stepped, raw_steps = compare("Stock step", "step", stock, rows, options)
+    names = [name for name in keys.METHODS if re.search(options.only, name)]
+    peaks = {name: peak(name, options.device) for name in names}
+    base = peaks.get("stock against itself", 0)
+    lines = [{"step": n, "peak GiB": b / 2**30, "of stock": b / base if base else 0.0} for n, b in peaks.items()]
+    raw = {"swaps": raw_swaps, "steps": raw_steps, "peak_bytes": peaks}
+    return "\n\n".join(filter(None, [swapped, stepped, table(lines, "markdown")])), raw
+
+
+def compare(
+    what: str,
+    column: str,
+    baseline: Callable[[], None],
+    rows: Mapping[str, Callable[[], None]],
+    options: argparse.Namespace,
+) -> tuple[str, dict[str, Any]]:
+    """Time rows against a baseline: a Markdown table, and the ratios."""
     rows = {name: row for name, row in rows.items() if re.search(options.only, name)}
-    ratios, seconds = interleaved(stock, rows, options.pairs)
+    if not rows:
+        return "", {}
+    ratios, seconds = interleaved(baseline, rows, options.pairs)
     lines = []
     for name, ratio in ratios.items():
         low, high = ratio.quartiles
@@ -49,20 +103,11 @@ def main() -> None:
             "quartiles": f"{low:.3f} to {high:.3f}",
             "range": f"{min(ratio.values):.3f} to {max(ratio.values):.3f}",
         }
-        lines.append({"step": name, "ratio": ratio.median, **spread})
-    text = "\n\n".join(
-        [
-            f"Stock step: {seconds:.3f} s (median). Ratios to the stock steps around each of {options.pairs} runs.",
-            table(lines, "markdown"),
-            f"`gs.dissect` of a Llama-70B-sized config on `meta`: {dissection['seconds']:.1f} s, "
-            f"peak of the process {dissection['peak_gib']:.2f} GiB, {int(dissection['units']):,} units.",
-            ", ".join(f"{name} {value}" for name, value in facts.items()) + ".",
-        ]
-    )
-    print(text)
-    raw = {name: ratio.values for name, ratio in ratios.items()}
-    write_json(options.out / "steps.json", {**facts, "stock_seconds": seconds, "ratios": raw, "dissect": dissection})
-    write_text(options.out / "steps.md", text + "\n")
+        lines.append({column: name, "ratio": ratio.median, **spread})
+    taken = f"{seconds:.3f} s" if seconds > 0.1 else f"{1e3 * seconds:.2f} ms"
+    head = f"{what}: {taken} (median). Ratios to those around each of {options.pairs} runs."
+    raw = {"seconds": seconds, "ratios": {name: ratio.values for name, ratio in ratios.items()}}
+    return f"{head}\n\n{table(lines, 'markdown')}", raw
 
 
 if __name__ == "__main__":
