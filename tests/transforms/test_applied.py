@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradsurgery as gs
-from gradsurgery.errors import BatchError, PlanError, SelectionError
+from conftest import tiny_llama
+from gradsurgery.errors import BatchError, KeyStateError, PlanError, SelectionError
 from tests.transforms.cases import BATCH, FAST, case, gradients
 
 IS_FLAGGED = torch.tensor([True, False, True, False])
@@ -169,3 +170,23 @@ def test_tied_weights_are_reached_under_both_names() -> None:
     with gs.applied(c.model, gs.mask(table)):
         found = gradients(c.model, c.loss())
     assert not found["transformer.wte.weight"].count_nonzero()
+
+
+def test_a_key_among_forward_transforms() -> None:
+    """A loop of one's own under a key and a mask: gradients come back to C1 with the weights."""
+    model, other = tiny_llama(), tiny_llama()
+    anatomy = gs.dissect(model)
+    key = gs.PermutationKey(mlp_cols=[[[0, 3], [1, 5]], [[0, 9], [1, 2]]])
+    batch = {"input_ids": torch.arange(16).reshape(2, 8)}
+    batch["labels"] = batch["input_ids"]
+    masked = anatomy.heads[0, :]
+    with gs.applied(model, key, gs.mask(masked)):
+        model(**batch).loss.backward()
+    with key.applied(other), gs.applied(other, gs.mask(masked)):
+        other(**batch).loss.backward()
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two) and one.grad is not None and two.grad is not None
+        assert torch.equal(one.grad, two.grad)
+        assert not one.grad[masked.of(name).mask()].any()
+    with key.applied(model), pytest.raises(KeyStateError), gs.applied(model, key):
+        pass
