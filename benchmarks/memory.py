@@ -1,13 +1,13 @@
-"""Peak memory of a step, each in a process of its own.
+"""Peak memory of a step, each in a process of its own (Linux).
 
 python -m benchmarks.memory tiered    # one candidate of benchmarks.keys; prints bytes
 """
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -29,7 +29,8 @@ def main(name: str, device: str = "cpu") -> None:
     if device == "cuda":
         print(torch.cuda.max_memory_allocated())
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        status = Path("/proc/self/status").read_text(encoding="ascii")  # getrusage keeps what the parent had
+        print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
 
 
 if __name__ == "__main__":
