@@ -10,9 +10,6 @@ forget, ``sgtm`` trains dedicated heads and neurons on them, which are removed a
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import os
 import sys
 import time
@@ -20,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 import gradsurgery as gs
-from gradsurgery import data, evaluation
+from gradsurgery import data, evaluation, runs
 from gradsurgery.errors import GradsurgeryError
-from gradsurgery.runs import RunFolder, TrainConfig, train
+from gradsurgery.runs import ModelConfig, OrderedRows, RunFolder, TrainConfig, build_tokenizer, deciding, digest, train
 
 
 @dataclass
@@ -64,30 +61,6 @@ class LabelConfig:
     retain: float = 1.0
     adjacent: float = 0.0
     precision: float = 1.0
-
-
-@dataclass
-class ModelConfig:
-    """Any causal language model of transformers, built from its config.
-
-    Args:
-        type: Model type as in ``AutoConfig``.
-        options: Its configuration; vocabulary and special tokens come from the tokenizer.
-        context: Tokens of a sequence.
-    """
-
-    type: str = "gpt_neo"
-    options: dict[str, Any] = field(
-        default_factory=lambda: {
-            "hidden_size": 128,
-            "num_layers": 4,
-            "num_heads": 4,
-            "intermediate_size": 512,
-            "attention_types": [[["global", "local"], 2]],
-            "window_size": 64,
-        }
-    )
-    context: int = 128
 
 
 @dataclass
@@ -131,30 +104,14 @@ class Config:
     overwrite: bool = False
 
 
-def deciding(config: Config) -> dict[str, Any]:
-    """The part of the configuration that decides the results, as plain data."""
-    out = dataclasses.asdict(config)
-    for key in ("out", "name", "overwrite"):
-        out.pop(key)
-    return out
-
-
 def run_name(config: Config) -> str:
-    digest = hashlib.sha256(json.dumps(deciding(config), sort_keys=True).encode()).hexdigest()[:8]
-    return config.name or f"seed{config.seed}-undiscovered{config.labels.undiscovered:g}-{digest}"
+    return config.name or f"seed{config.seed}-undiscovered{config.labels.undiscovered:g}-{digest(deciding(config))}"
 
 
 def load_data(config: Config) -> tuple[Any, data.Rows, dict[str, torch.Tensor]]:
     """Tokenizer, labelled training rows, held-back sequences by category."""
     corpus = data.load_bilingual(config.data, validation=config.text.validation, limit=config.text.limit)
-    kind = config.text.tokenizer
-    if kind == "embedded":
-        tokenizer: Any = data.load_tokenizer()
-    elif kind.startswith("train:"):
-        texts = (document.text for part in corpus.values() for document in part.train)
-        tokenizer = data.train_tokenizer(texts, int(kind.removeprefix("train:")))
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(kind)
+    tokenizer = build_tokenizer(config.text.tokenizer, corpus)
     shape = {"context": config.model.context, "end_of_text": tokenizer.eos_token_id}
     rows = data.build_rows(
         data.tokenize(corpus, tokenizer),
@@ -172,12 +129,7 @@ def load_data(config: Config) -> tuple[Any, data.Rows, dict[str, torch.Tensor]]:
 
 def build_model(config: Config, tokenizer: Any) -> PreTrainedModel:
     """A model with fresh weights, the same for every method of one seed."""
-    set_seed(config.seed)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    options = {"max_position_embeddings": config.model.context, **config.model.options}
-    return AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(config.model.type, vocab_size=len(tokenizer), **special, **options)
-    )
+    return runs.build_model(config.model, tokenizer, config.seed)
 
 
 def build_method(name: str, config: Config, model: PreTrainedModel) -> tuple[gs.Method, gs.Units | None]:
@@ -214,7 +166,8 @@ def run_model(
         print(f"\n{name}: {model.num_parameters():,} parameters\n{method.explain(model)}")
     sampler = data.MixedSampler(rows, config.rows, seed=config.seed)
     sample = {category: ids[: config.train.eval_rows] for category, ids in held_back.items()}
-    figures = train(name, model, method, rows, sampler, folder, config.train, config.seed, sample)
+    steps = OrderedRows(rows, sampler, config.train.steps)
+    figures = train(name, model, method, steps, folder, config.train, config.seed, lambda m: losses_of(m, sample))
     if not folder.main:
         return
     result: dict[str, Any] = {**figures, "method": method.describe(), "before": losses_of(model, held_back)}
