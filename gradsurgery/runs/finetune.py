@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -34,7 +35,8 @@ class Start:
     anatomy: Anatomy
 
     def load(self, where: Path | None = None) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(where or self.model)
+        """The checkpoint, or one that a variant left; in fp32, since small updates are lost in half precision."""
+        return AutoModelForCausalLM.from_pretrained(where or self.model, dtype=torch.float32)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -110,9 +111,9 @@ def load(config: PretrainConfig) -> Loaded:
 
 
 def starting_model(config: PretrainConfig, tokenizer: Any) -> PreTrainedModel:
-    """A model with fresh weights, or those of a checkpoint."""
+    """A model with fresh weights, or those of a checkpoint; in fp32."""
     if config.start_from is not None:
-        return AutoModelForCausalLM.from_pretrained(config.start_from)
+        return AutoModelForCausalLM.from_pretrained(config.start_from, dtype=torch.float32)
     return build_model(config.model, tokenizer, config.seed)
 
 

@@ -69,7 +69,7 @@ class PrivateConfig:
     decoys: int = 24
     decoy_weight: float = 0.3
     decoy_fraction: float = 0.5
-    variants: list[str] = field(default_factory=lambda: ["keyed", "no_decoys", "no_kl"])
+    variants: list[str] = field(default_factory=lambda: ["keyed", "no_kl"])
     extract_steps: int | None = None
     guesses: GuessConfig = field(default_factory=GuessConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000, max_grad_norm=1.0))

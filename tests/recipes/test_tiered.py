@@ -235,6 +235,7 @@ def kill_at_checkpoint(where: Path, script: str, options: dict[str, object], che
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
+@pytest.mark.slow
 def test_moments_in_c2_are_not_taken_by_a_script_that_steps_in_c1(tmp_path: Path) -> None:
     options = {**PRETRAIN, "method.step_in": "C2", "name": "run", "key_seed": 1}
     first = kill_at_checkpoint(tmp_path, "tiered_pretrain.py", options, "runs/tiered_pretrain/run/checkpoints/tiered")
@@ -262,6 +263,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, script: str, options: dict[st
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_several_keys_are_several_stages_and_tiers(tmp_path: Path) -> None:
     options = {**FINETUNE, "pretrain.draw.count": 2, "pretrain.draw.fraction": 0.3, "pretrain.draw.attention_ratio": 0}
     stages = {"private": "[es:tatoeba,es:bible]", "variants": "[keyed,lora]", "guesses.count": 1, "limit": 1300}
