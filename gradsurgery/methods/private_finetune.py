@@ -48,7 +48,7 @@ def private_finetune(
             they share ``kl_weight`` equally.
         decoys: Number of partial keys that are held to what they opened before: each step draws one of them and adds
             ``decoy_weight`` times the divergence on ``batch["private"]`` under it. Without them, half of the key opens
-            half of what was learned, or more; with them far less, also halves that were not among them. Not in the
+            about half of what was learned; with them far less, also halves that were not among them. Not in the
             originals.
         decoy_weight, decoy_fraction: Their weight, and the share of the key's swaps that each of them has.
         l2: Decoupled decay of the keyed entries towards zero, per unit of learning rate.
