@@ -7,7 +7,7 @@ another configuration than the weights now are in is refused at the step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,10 +167,9 @@ def _refuse_loading(module: nn.Module, *_: Any) -> None:
 
 # gradients and moments
 
+MOMENTS = "gradsurgery_keys"
+"""Entry of a parameter group whose moments are not in C1: fingerprints. It is saved and loaded with the moments."""
 _WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_MOMENTS: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakKeyDictionary[nn.Module, frozenset[str]]] = (
-    weakref.WeakKeyDictionary()
-)
 _STEPPED_UNDER: weakref.WeakKeyDictionary[torch.optim.Optimizer, str] = weakref.WeakKeyDictionary()
 """Fingerprint of the key that is applied for the time of an optimizer's steps."""
 _hooks: list[Any] = []
@@ -186,18 +185,23 @@ def watch(base: nn.Module) -> None:
 
 def moments_of(optimizer: torch.optim.Optimizer, base: nn.Module) -> frozenset[str]:
     """The configuration in which an optimizer's moments of a model are."""
-    known = _MOMENTS.get(optimizer)
-    return known.get(base, C1) if known is not None else C1
+    return next((frozenset(group.get(MOMENTS, "").split()) for group in _groups(optimizer, base)), C1)
 
 
 def set_moments(optimizer: torch.optim.Optimizer, base: nn.Module, configuration: frozenset[str]) -> None:
-    """Note in which configuration moments are; checkpoints that were written in C2 say so when they are read."""
+    """Note in which configuration moments are."""
     watch(base)
-    known = _MOMENTS.setdefault(optimizer, weakref.WeakKeyDictionary())
-    if configuration:
-        known[base] = configuration
-    else:
-        known.pop(base, None)
+    for group in _groups(optimizer, base):
+        if configuration:
+            group[MOMENTS] = " ".join(sorted(configuration))
+        else:
+            group.pop(MOMENTS, None)
+
+
+def _groups(optimizer: torch.optim.Optimizer, base: nn.Module) -> Iterator[dict[str, Any]]:
+    """The parameter groups that hold parameters of a model."""
+    mine = {id(p) for p in base.parameters()}
+    return (group for group in optimizer.param_groups if any(id(p) in mine for p in group["params"]))
 
 
 def has_moments(optimizer: torch.optim.Optimizer, base: nn.Module) -> bool:
@@ -209,8 +213,7 @@ def has_moments(optimizer: torch.optim.Optimizer, base: nn.Module) -> bool:
 
 
 def _holds(optimizer: torch.optim.Optimizer, base: nn.Module) -> bool:
-    mine = {id(p) for p in base.parameters()}
-    return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+    return any(True for _ in _groups(optimizer, base))
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -127,7 +127,7 @@ class PermutationKey(WeightTransform):
         return f"key({self.fingerprint})"
 
     def regions(self) -> Iterable[Region]:
-        """The keyed region, once an anatomy is known."""
+        """The keyed region of the model that the key was last planned for, if any."""
         return [plan.region for plan in self._plans.values()][-1:]
 
     # where it lies in a model
@@ -164,6 +164,8 @@ class PermutationKey(WeightTransform):
             warn_of(plan, base, self.lists)
             number = id(self)
             known[number] = weakref.ref(self, lambda _: known.pop(number, None)), plan
+        mark = plan.anatomy.space.fingerprint
+        self._plans[mark] = self._plans.pop(mark, plan)  # `regions` tells of the last model
         return plan
 
     def validate(self, anatomy: Anatomy) -> None:

@@ -6,13 +6,12 @@ follow at the first step, and return there when the surgery is removed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from gradsurgery.anatomy import Region
 from gradsurgery.errors import PlanError
 from gradsurgery.keys import configuration as state
 from gradsurgery.keys.apply import turn_moments
@@ -40,11 +39,11 @@ class StepUnder(UpdateTransform):
         if not isinstance(self.key, PermutationKey):
             raise PlanError(f"StepUnder takes a gs.PermutationKey, not {type(self.key).__name__}.")
 
-    def regions(self) -> Iterable[Region]:
-        return self.key.regions()
-
     def init(self, space: Any) -> dict[str, Any]:
         return {"moments": "C1"}
+
+    def bound(self, optimizer: torch.optim.Optimizer) -> None:
+        state.step_under(optimizer, self.key.fingerprint)  # loaded moments may lie in C2 before the first step
 
     def before_step(self, context: StepContext, state_: dict[str, Any]) -> None:
         base, optimizer, fingerprint = model_of(context), context.optimizer, self.key.fingerprint
@@ -54,7 +53,6 @@ class StepUnder(UpdateTransform):
             state.set_moments(optimizer, base, frozenset([fingerprint]))  # also after a resume
         elif state.has_moments(optimizer, base):
             turn_moments(base, self.key.plan_for(base), optimizer, fingerprint)  # of steps in C1
-        state.step_under(optimizer, fingerprint)
         state_["moments"] = fingerprint
         self.key.apply_(base)
 
@@ -64,10 +62,11 @@ class StepUnder(UpdateTransform):
     def close(self, context: StepContext, state_: dict[str, Any]) -> None:
         """The surgery is over: the moments return to C1."""
         optimizer = context.optimizer
+        if optimizer is not None:
+            state.step_under(optimizer, None)
         if optimizer is None or state_["moments"] != self.key.fingerprint:
             return
         base, state_["moments"] = model_of(context), "C1"
-        state.step_under(optimizer, None)
         if state.has_moments(optimizer, base):
             state.set_moments(optimizer, base, frozenset([self.key.fingerprint]))
             turn_moments(base, self.key.plan_for(base), optimizer, self.key.fingerprint)

@@ -75,6 +75,8 @@ class Stepper:
             optimizer.register_step_post_hook(lambda *_: self.after_step(slots)),
         ]
         self._restore = watch_zero_grad(optimizer, lambda: self.new_window(slots))
+        for transform in self.method.update:
+            transform.bound(optimizer)
 
     @property
     def bound(self) -> bool:

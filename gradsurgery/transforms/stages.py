@@ -76,6 +76,9 @@ class UpdateTransform(Transform):
     def init(self, space: ParameterSpace) -> dict[str, Any]:
         return {}
 
+    def bound(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer is known whose steps this is around."""
+
     def prepare(self, context: StepContext, state: dict[str, Any]) -> None:
         """Before clipping: what must not count towards the norm leaves the gradient."""
 

@@ -296,6 +296,36 @@ class TestStepping:
         assert same(everything(model, optimizer), before)
         assert not configuration_of(model).now
 
+    @pytest.mark.parametrize("place", ["C1", "C2"])
+    def test_loaded_moments_say_where_they_were_made(self, place: str) -> None:
+        """What an optimizer loads decides, not what it had before: a new process knows, an old one forgets."""
+        model, key = double(KIND), key_of(KIND)
+        optimizer = adamw(model)
+        if place == "C2":
+            key.apply_(model)
+        backward(model)
+        optimizer.step()
+        stored = copy.deepcopy(optimizer.state_dict())
+        for used in (False, True):
+            other = double(KIND)
+            later = adamw(other)
+            if used:  # its own moments are of the other configuration
+                if place == "C1":
+                    key.apply_(other)
+                backward(other, 1)
+                later.step()
+                later.zero_grad()
+                if place == "C1":
+                    key.unapply_(other)
+            later.load_state_dict(stored)
+            if place == "C2":
+                key.apply_(other)
+            backward(other, 2)
+            later.step()
+            (key.unapply_ if place == "C2" else key.apply_)(other)
+            with pytest.raises(KeyStateError, match=f"the moments of AdamW in {place}"):
+                later.step()
+
     def test_plain_sgd_has_no_moments(self) -> None:
         model, key = double(KIND), key_of(KIND)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
