@@ -17,15 +17,15 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks import keys
+from benchmarks import keys, projection, rotation
 from benchmarks.dissection import dissect_70b
-from benchmarks.memory import peak
+from benchmarks.memory import allocated, peak
 from benchmarks.steps import candidates
 from benchmarks.timing import interleaved
 from gradsurgery.evaluation.tables import table
 from gradsurgery.files import write_json, write_text
 
-SECTIONS = ("steps", "keys")
+SECTIONS = ("steps", "keys", "rotation", "projection")
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     measured: dict[str, Any] = dict(facts)
     texts = []
     for section in options.sections:
-        text, raw = {"steps": measure_steps, "keys": measure_keys}[section](options)
+        text, raw = MEASURES[section](options)
         texts.append(text)
         measured[section] = raw
     text = "\n\n".join([*texts, ", ".join(f"{name} {value}" for name, value in facts.items()) + "."])
@@ -82,6 +82,59 @@ def measure_keys(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     lines = [{"step": n, "peak GiB": b / 2**30, "of stock": b / base if base else 0.0} for n, b in peaks.items()]
     raw = {"swaps": raw_swaps, "steps": raw_steps, "peak_bytes": peaks}
     return "\n\n".join(filter(None, [swapped, stepped, table(lines, "markdown")])), raw
+
+
+def measure_rotation(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Rotated updates against plain finetuning at 1k and 4k tokens a step, with their memory; making the bases."""
+    texts, raw = [], {}
+    for tokens in rotation.SIZES:
+        names = [name for name, c in rotation.METHODS.items() if c.tokens == tokens and re.search(options.only, name)]
+        if not names:
+            continue
+        stock = rotation.step(options.device, rotation.Candidate(tokens, "stock"))
+        for name in names:  # one at a time: each has a model and an optimizer
+            row = {name: rotation.step(options.device, rotation.METHODS[name])}
+            text, raw[name] = compare(f"Stock step of {tokens} tokens", "step", stock, row, options)
+            texts.append(text)
+        peaks = {name: peak(name, options.device, "benchmarks.rotation") for name in names}
+        base = peaks.get(f"stock against itself, {tokens} tokens", 0)
+        lines = [{"step": n, "peak GiB": b / 2**30, "of stock": b / base if base else 0.0} for n, b in peaks.items()]
+        texts.append(table(lines, "markdown"))
+        raw[f"peak_bytes, {tokens} tokens"] = peaks
+    forward, rows = rotation.covariances(options.device)
+    text, raw["covariances"] = compare("Forward pass of 4096 tokens", "pass", forward, rows, options)
+    raw["eigh"] = seconds = rotation.eigenbases(options.device)
+    fact = f"Eigenvectors of all layers of a 135M model: {seconds['all']:.1f} s."
+    return "\n\n".join(filter(None, [*texts, text, fact])), raw
+
+
+def measure_projection(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Opposed projection, by hand, and through TorchJD, against the stock forward and backward, with their memory."""
+    candidates = projection.available()
+    names = [name for name in candidates if re.search(options.only, name)]
+    baseline = projection.step(options.device, projection.stock)
+    base = allocated(baseline)
+    texts: list[str] = []
+    raw: dict[str, Any] = {}
+    lines = [{"step": "stock", "peak MB": base / 1e6, "above stock, gradients": 0.0}]
+    for name in names:  # one at a time: each has two models
+        row = projection.step(options.device, candidates[name])
+        raw[f"{name}, bytes"] = held = allocated(row)
+        above = (held - base) / projection.gradient_bytes()
+        lines.append({"step": name, "peak MB": held / 1e6, "above stock, gradients": above})
+        text, raw[name] = compare("Stock forward and backward", "step", baseline, {name: row}, options)
+        texts.append(text)
+    if missing := sorted(projection.METHODS.keys() - candidates.keys()):
+        texts.append(f"Not measured, since TorchJD or an extra of it is missing: {', '.join(missing)}.")
+    return "\n\n".join([*texts, "Besides models and batch:", table(lines, "markdown")]), raw
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace], tuple[str, dict[str, Any]]]] = {
+    "steps": measure_steps,
+    "keys": measure_keys,
+    "rotation": measure_rotation,
+    "projection": measure_projection,
+}
 
 
 def compare(

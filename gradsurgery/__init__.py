@@ -3,12 +3,32 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gradsurgery import errors, keys, losses, methods
+from gradsurgery import adapters, errors, estimators, keys, losses, methods
 from gradsurgery.anatomy import Anatomy, Layout, Region, UnitGroup, Units, region
 from gradsurgery.anatomy.dissect import dissect
+from gradsurgery.estimators import Coordinates
 from gradsurgery.keys import PermutationKey
-from gradsurgery.surgery import Method, Pass, Surgery, attach, every, sample_one
-from gradsurgery.transforms import ablate_, applied, clip, decay_to, detach, freeze, mask, prune_, scale, zero
+from gradsurgery.surgery import Method, Pass, Surgery, attach, every, on_refresh, parameter_groups, sample_one
+from gradsurgery.transforms import (
+    PCGrad,
+    ablate_,
+    aggregate,
+    applied,
+    changed_fraction,
+    clip,
+    decay_to,
+    detach,
+    ema,
+    freeze,
+    leak,
+    mask,
+    project,
+    prune_,
+    reparametrised,
+    rotate,
+    scale,
+    zero,
+)
 from gradsurgery.version import __version__
 
 if TYPE_CHECKING:
@@ -41,8 +61,10 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "Anatomy",
+    "Coordinates",
     "Layout",
     "Method",
+    "PCGrad",
     "Pass",
     "PermutationKey",
     "Region",
@@ -51,21 +73,32 @@ __all__ = [
     "Units",
     "__version__",
     "ablate_",
+    "adapters",
+    "aggregate",
     "applied",
     "attach",
+    "changed_fraction",
     "clip",
     "decay_to",
     "detach",
     "dissect",
+    "ema",
     "errors",
+    "estimators",
     "every",
     "freeze",
     "keys",
+    "leak",
     "losses",
     "mask",
     "methods",
+    "on_refresh",
+    "parameter_groups",
+    "project",
     "prune_",
     "region",
+    "reparametrised",
+    "rotate",
     "sample_one",
     "scale",
     "zero",

@@ -41,10 +41,8 @@ def load_bilingual(
     """
     if str(source) == "embedded":
         rows: Mapping[str, Iterable[Mapping[str, Any]]] = {c: read_rows(ASSETS / f"{c}.jsonl.bz2") for c in CATEGORIES}
-    elif str(source).startswith(HUB):
-        rows = _hub_rows(str(source)[len(HUB) :], limit)
     else:
-        rows = _local_rows(Path(source).expanduser())
+        rows = source_rows(source, limit)
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit} keeps no document: give a number from 1, or None.")
     documents: dict[str, list[Document]] = {}
@@ -55,6 +53,23 @@ def load_bilingual(
     if not documents:
         raise DataError(f"{source} holds no document.")
     return {category: split(documents[category][:limit], validation) for category in sorted(documents)}
+
+
+def source_rows(
+    source: str | Path, limit: int | None = None, part: str | None = None
+) -> dict[str, Iterable[Mapping[str, Any]]]:
+    """Rows of a data set of the hub or of local files, by the name of the set, file or folder; each has an ``id``.
+
+    Args:
+        source: ``"hub:owner/name"`` or a path, as for `load_bilingual`.
+        limit: Rows to read, of a data set of the hub.
+        part: The only part of a data set of the hub to read, such as ``"train"``.
+    """
+    if str(source).startswith(HUB):
+        return _hub_rows(str(source)[len(HUB) :], limit, part)
+    if part is not None:
+        raise DataError(f"part={part!r} is for data sets of the hub; give the path of that part instead of {source}.")
+    return _local_rows(Path(source).expanduser())
 
 
 def attribution() -> dict[str, dict[str, list[str]]]:
@@ -112,11 +127,12 @@ def _saved_rows(path: Path) -> list[Mapping[str, Any]]:
         raise DataError(f"{path} is a damaged or truncated saved data set ({_first_line(error)}).") from error
 
 
-def _hub_rows(name: str, limit: int | None) -> dict[str, Iterable[Mapping[str, Any]]]:
+def _hub_rows(name: str, limit: int | None, part: str | None = None) -> dict[str, Iterable[Mapping[str, Any]]]:
     import datasets
 
+    chosen = {} if part is None else {"split": part}
     try:
-        return {name.rpartition("/")[2]: _numbered(datasets.load_dataset(name), limit)}
+        return {name.rpartition("/")[2]: _numbered(datasets.load_dataset(name, **chosen), limit)}
     except DataError:
         raise
     except Exception as error:  # connection, HTTP, missing data set and damaged cache all end here

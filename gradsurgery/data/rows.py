@@ -42,6 +42,11 @@ class Rows(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def context(self) -> int:
+        """Tokens of a row."""
+        return int(self.input_ids.shape[1])
+
     def __getitem__(self, index: int) -> Batch:
         return {
             "input_ids": self.input_ids[index].long(),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gradsurgery.errors import DataError
+from gradsurgery.evaluation.modes import evaluating
 
 
 class Score(TypedDict):
@@ -44,13 +45,8 @@ def evaluate(
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size} is no number of sequences: give 1 or more.")
     device = device or next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         return {category: _score(model, category, ids, batch_size, device) for category, ids in sequences.items()}
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _score(model: nn.Module, category: str, sequences: Tensor, batch_size: int, device: torch.device | str) -> Score:

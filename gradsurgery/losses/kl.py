@@ -30,6 +30,7 @@ class KLDivergence:
     mask: str | None = None
     reference: str = "reference"
     chunk_size: int | None = None
+    padding: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
@@ -38,6 +39,8 @@ class KLDivergence:
             raise PlanError(f'kl: direction is "forward", KL(reference ‖ model), or "reverse", not {self.direction!r}.')
         if self.chunk_size is not None and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
             raise PlanError(f"kl: chunk_size is a positive number of logits, or None, not {self.chunk_size!r}.")
+        if self.padding and self.mask is not None:
+            raise PlanError(f"kl: padding=True counts every position, and mask={self.mask!r} some; give one of them.")
 
     @property
     def __name__(self) -> str:
@@ -54,10 +57,10 @@ class KLDivergence:
 
         Without a model, an encoder-decoder is known by ``decoder_…`` columns or labels of another shape than the input.
         """
-        return count_positions(batch, self.mask, model)
+        return count_positions(batch, self.mask, model, self.padding)
 
     def __call__(self, outputs: Any, batch: Mapping[str, Any], refs: Mapping[str, Any]) -> Tensor:
-        logits = _whole(logits_of(outputs, "the model's outputs"))
+        logits = logits_of(outputs, "the model's outputs")
         if logits.dim() not in (2, 3):
             raise BatchError(
                 f"kl_divergence takes logits [batch, token, vocabulary] or [batch, classes], not {list(logits.shape)}."
@@ -69,8 +72,13 @@ class KLDivergence:
             )
         reference = refs[self.reference]
         if not isinstance(reference, TopK):
-            reference = _whole(logits_of(reference, f"the reference {self.reference!r}"))
-        self._check_fit(logits, reference)
+            reference = logits_of(reference, f"the reference {self.reference!r}")
+        require_fit(logits, reference)
+        if isinstance(reference, TopK) and reference.temperature != self.temperature:
+            raise BatchError(
+                f"the top-k reference was made at temperature {reference.temperature}, the loss asks for "
+                f"{self.temperature}, and its rest cannot be tempered; precompute it at that temperature."
+            )
         mask = self._mask(outputs, batch, logits)
         counted = mask if mask is not None else torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
         options = (float(self.temperature), self.direction == "reverse", self.chunk_size or 0)
@@ -82,7 +90,7 @@ class KLDivergence:
         return kl.sum() / counted.sum().clamp(min=1)
 
     def _mask(self, outputs: Any, batch: Mapping[str, Any], logits: Tensor) -> Tensor | None:
-        if logits.dim() == 2 and self.mask is None:
+        if self.padding or (logits.dim() == 2 and self.mask is None):
             return None
         mask = mask_of(batch, self.mask, is_encoder_decoder(batch, outputs=outputs))
         if mask is not None and mask.shape != logits.shape[:-1]:
@@ -91,26 +99,6 @@ class KLDivergence:
                 f"fits the logits: gs.losses.kl(mask=…)."
             )
         return mask.to(logits.device) if mask is not None else None
-
-    def _check_fit(self, logits: Tensor, reference: Tensor | TopK) -> None:
-        top = isinstance(reference, TopK)
-        vocabulary = reference.vocabulary if isinstance(reference, TopK) else reference.shape[-1]
-        rows = reference.rest.shape if isinstance(reference, TopK) else reference.shape[:-1]
-        if vocabulary != logits.shape[-1]:
-            raise BatchError(
-                f"the reference speaks of {vocabulary} words, the model of {logits.shape[-1]}: they need one "
-                f"tokenizer. If one embedding is only padded, resize_token_embeddings makes them equal."
-            )
-        if rows != logits.shape[:-1]:
-            raise BatchError(
-                f"the reference has positions {list(rows)}, the model {list(logits.shape[:-1])}: both must read the "
-                f"same batch (prompts and prefixes that one of them adds are positions too)."
-            )
-        if top and reference.temperature != self.temperature:  # type: ignore[union-attr]
-            raise BatchError(
-                f"the top-k reference was made at temperature {reference.temperature}, the loss asks for "  # type: ignore[union-attr]
-                f"{self.temperature}, and its rest cannot be tempered; precompute it at that temperature."
-            )
 
     def _over_outcomes(self, logits: Tensor, reference: TopK, counted: Tensor) -> Tensor:
         """KL over the words of the reference and the rest of the vocabulary, by position."""
@@ -124,19 +112,31 @@ class KLDivergence:
 
 
 def logits_of(given: Any, what: str) -> Tensor:
-    """Logits, of a model's outputs or as they are.
+    """Logits, of a model's outputs or as they are; of a sharded vocabulary they are gathered.
 
     Raises:
         BatchError: there are none.
     """
     logits = given if isinstance(given, Tensor) else getattr(given, "logits", None)
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise BatchError(f"kl_divergence needs logits; {what} ({type(given).__name__}) have none.")
-    return logits
-
-
-def _whole(logits: Tensor) -> Tensor:
+        raise BatchError(f"a loss against a reference needs logits; {what} ({type(given).__name__}) have none.")
     return logits.full_tensor() if is_sharded(logits) else logits  # type: ignore[attr-defined]
+
+
+def require_fit(logits: Tensor, reference: Tensor | TopK) -> None:
+    """Raise a `BatchError` unless a reference speaks of the model's words and positions."""
+    vocabulary = reference.vocabulary if isinstance(reference, TopK) else reference.shape[-1]
+    rows = reference.rest.shape if isinstance(reference, TopK) else reference.shape[:-1]
+    if vocabulary != logits.shape[-1]:
+        raise BatchError(
+            f"the reference speaks of {vocabulary} words, the model of {logits.shape[-1]}: they need one "
+            f"tokenizer. If one embedding is only padded, resize_token_embeddings makes them equal."
+        )
+    if rows != logits.shape[:-1]:
+        raise BatchError(
+            f"the reference has positions {list(rows)}, the model {list(logits.shape[:-1])}: both must read the "
+            f"same batch (prompts and prefixes that one of them adds are positions too)."
+        )
 
 
 def kl(
@@ -145,6 +145,7 @@ def kl(
     mask: str | None = None,
     reference: str = "reference",
     chunk_size: int | None = None,
+    padding: bool = False,
 ) -> KLDivergence:
     """`kl_divergence` with options.
 
@@ -157,6 +158,8 @@ def kl(
             that are not ``-100``.
         reference: Name in ``refs``.
         chunk_size: Logits in a block of work; ``None`` fits it to the device.
+        padding: Every position counts, also those without ``attention_mask``, at which a model's outputs mean nothing:
+            for comparisons with code that does so. A cache holds no such positions.
 
     Raises:
         PlanError: an option out of range.
@@ -167,7 +170,7 @@ def kl(
         >>> loss(out, batch, {"reference": out.logits.detach()}).item()
         0.0
     """
-    return KLDivergence(temperature, direction, mask, reference, chunk_size)
+    return KLDivergence(temperature, direction, mask, reference, chunk_size, padding)
 
 
 _PLAIN = KLDivergence()

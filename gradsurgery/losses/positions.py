@@ -55,9 +55,12 @@ def mask_of(batch: Mapping[str, Any], column: str | None, decoder: bool) -> Tens
 
 
 def count_positions(
-    batch: Mapping[str, Any], column: str | None = None, model: nn.Module | None = None
+    batch: Mapping[str, Any], column: str | None = None, model: nn.Module | None = None, padding: bool = False
 ) -> int | Tensor:
-    """How many positions of a batch count: those of `mask_of`, or rows where a batch has labels by row or no tokens."""
+    """How many positions of a batch count: those of `mask_of`, or rows where a batch has labels by row or no tokens.
+
+    With ``padding`` all of them do.
+    """
     labels = batch.get("labels")
     decoder = is_encoder_decoder(batch, model)
     by_row = isinstance(labels, Tensor) and (labels.dim() < 2 or labels.is_floating_point())
@@ -69,7 +72,7 @@ def count_positions(
             raise BatchError(f"the batch holds no tensor with rows: it has {_names(batch)}.")
         return rows[0]
     if (mask := mask_of(batch, column, decoder)) is not None:
-        return mask.sum()
+        return mask.numel() if padding else mask.sum()
     if tokens is None:
         raise BatchError(f"no decoder positions to count: the batch has {_names(batch)}; give it labels.")
     return tokens.shape[0] * tokens.shape[1]

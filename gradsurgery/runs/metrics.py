@@ -39,6 +39,9 @@ class Metrics(TrainerCallback):
         tokens: Tokens trained in a step, every pass counted.
         score: Held-back scores, or ``None``.
         peak: FLOPs per second of all devices, for ``mfu``; ``None`` where it is not known.
+
+    Attributes:
+        send: The Trainer's ``log``, where trackers should see the held-back scores, too.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Metrics(TrainerCallback):
     ) -> None:
         self.folder, self.name, self.score, self.peak = folder, name, score, peak
         self.flops, self.tokens, self.meter, self.last = flops, tokens, Throughput(), 0
+        self.send: Callable[[dict[str, float]], object] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.folder.rewind(lambda m: m.get("model") != self.name or m.get("step", 0) <= state.global_step)
@@ -75,6 +79,10 @@ class Metrics(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.score and args.eval_steps and state.global_step % int(args.eval_steps) == 0 and self.folder.main:
-            self.folder.log(
-                model=self.name, step=state.global_step, **{f"eval/{k}": v for k, v in self.score(model).items()}
-            )
+            scores = {f"eval/{k}": v for k, v in self.score(model).items()}
+            if self.send is not None:
+                due = control.should_log  # which a log takes for done
+                self.send(scores)
+                control.should_log = due
+            else:
+                self.folder.log(model=self.name, step=state.global_step, **scores)

@@ -19,13 +19,13 @@ class OrderedRows(Dataset[Any]):
 
     Attributes:
         size: Items of a step.
-        context: Tokens of a row.
+        context: Tokens of a row, a mean where they differ.
     """
 
     def __init__(self, rows: Rows, sampler: MixedSampler, steps: int) -> None:
         self.rows, self.sampler, self.steps = rows, sampler, steps
         self.size = len(sampler.indices(0))
-        self.context = int(rows.input_ids.shape[1])
+        self.context = rows.context
 
     def __len__(self) -> int:
         return self.steps * self.size
@@ -51,11 +51,12 @@ class OrderedRows(Dataset[Any]):
 class OrderedStreams(Dataset[Any]):
     """Steps of several streams, each with rows and a sampler of its own: ``{"private": …, "public": …}``.
 
-    An item holds an equal share of the step's rows of every stream, as few as there can be.
+    An item holds an equal share of the step's rows of every stream, as few as there can be. The rows of stream ``None``
+    are the batch itself, and the others stand beside them.
     """
 
-    def __init__(self, streams: Mapping[str, OrderedRows]) -> None:
-        self.streams = dict(streams)
+    def __init__(self, streams: Mapping[Any, OrderedRows]) -> None:
+        self.streams: dict[str | None, OrderedRows] = {**streams}
         sizes = [stream.size for stream in self.streams.values()]
         self.steps = min(stream.steps for stream in self.streams.values())
         self.size = math.gcd(*sizes)
@@ -76,12 +77,15 @@ class OrderedStreams(Dataset[Any]):
         return index * share, (index + 1) * share
 
     def collate(self, items: Sequence[Any]) -> Any:
-        return {name: collate([row for item in items for row in item[name]]) for name in self.streams}
+        batches = {name: collate([row for item in items for row in item[name]]) for name in self.streams}
+        return {**batches.pop(None, {}), **batches}
 
     def rows_of(self, p: Pass, steps: int) -> float:
         """Rows a step that a pass forwards when it runs, a mean over the first ``steps``."""
         if p.stream not in self.streams:
-            raise PlanError(f"pass {p.name!r} reads stream {p.stream!r}; there are {', '.join(self.streams)}.")
+            raise PlanError(
+                f"pass {p.name!r} reads stream {p.stream!r}; there are {', '.join(map(str, self.streams))}."
+            )
         return self.streams[p.stream].rows_of(p, steps)
 
 

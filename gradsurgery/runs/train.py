@@ -80,6 +80,7 @@ def train(
     seed: int = 0,
     score: Scorer | None = None,
     resume_from: str | Path | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, float]:
     """Train ``model`` under ``method``, resuming from the last whole checkpoint of the same run.
 
@@ -93,6 +94,7 @@ def train(
         seed: Of the Trainer's random state.
         score: Held-back scores for the curves.
         resume_from: A checkpoint of another recipe to go on from, where this run has none of its own.
+        optimizer: Of the model's parameters; by default AdamW as ``config`` says.
 
     Returns:
         ``{"seconds", "tokens_per_second", "flops"}`` and, where the devices' peak is known, ``"mfu"``: of this start,
@@ -108,7 +110,7 @@ def train(
         max_steps=config.steps,
         learning_rate=config.learning_rate,
         **config.schedule(),
-        warmup_steps=max(int(config.steps * config.warmup), 1),
+        warmup_steps=max(int(config.steps * config.warmup), 1) if config.warmup else 0,
         weight_decay=config.weight_decay,
         adam_beta2=config.beta2,
         max_grad_norm=config.max_grad_norm,
@@ -133,8 +135,16 @@ def train(
     if config.checkpointing:  # the Trainer's argument for it has another name in newer releases
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = _InOrder(
-        model=model, args=arguments, method=method, train_dataset=data, data_collator=data.collate, callbacks=[metrics]
+        model=model,
+        args=arguments,
+        method=method,
+        train_dataset=data,
+        data_collator=data.collate,
+        callbacks=[metrics],
+        optimizers=(optimizer, None),
     )
+    if config.report_to != "none":
+        metrics.send = trainer.log
     with arguments.main_process_first():
         last = last_whole_checkpoint(checkpoints)
         if last is None and resume_from is not None:

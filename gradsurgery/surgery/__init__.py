@@ -4,15 +4,27 @@ from typing import TYPE_CHECKING, Any
 
 from gradsurgery.surgery.attach import attach
 from gradsurgery.surgery.method import Method
+from gradsurgery.surgery.parameter_groups import parameter_groups
 from gradsurgery.surgery.passes import Pass
-from gradsurgery.surgery.schedule import every, sample_one
+from gradsurgery.surgery.schedule import every, on_refresh, sample_one
 from gradsurgery.surgery.surgery import Surgery
 
 if TYPE_CHECKING:
     from gradsurgery.surgery.callback import SurgeryCallback
     from gradsurgery.surgery.trainer import SurgeryTrainer
 
-__all__ = ["Method", "Pass", "Surgery", "SurgeryCallback", "SurgeryTrainer", "attach", "every", "sample_one"]
+__all__ = [
+    "Method",
+    "Pass",
+    "Surgery",
+    "SurgeryCallback",
+    "SurgeryTrainer",
+    "attach",
+    "every",
+    "on_refresh",
+    "parameter_groups",
+    "sample_one",
+]
 
 _HOSTS = {"SurgeryCallback": "callback", "SurgeryTrainer": "trainer"}
 

@@ -100,10 +100,12 @@ class SurgeryCallback(TrainerCallback):
             state.log_history[-1].update(metrics)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.surgery is not None and args.should_save:
-            directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if directory.is_dir():
-                save_state(self.surgery.state_dict(), directory)
+        if self.surgery is None:
+            return
+        held = self.surgery.state_dict()  # on all ranks: it gathers what is sharded
+        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and directory.is_dir():
+            save_state(held, directory)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.remove()

@@ -14,18 +14,20 @@ from gradsurgery.anatomy.space import ParameterSpace
 from gradsurgery.errors import ArtefactError
 from gradsurgery.files import atomic_path, read_json, write_json
 from gradsurgery.surgery.method import references_of
+from gradsurgery.tensors import aligned, is_sharded
 from gradsurgery.version import __version__
 
 if TYPE_CHECKING:
     from gradsurgery.surgery.method import Method
+    from gradsurgery.surgery.slots import Slots
     from gradsurgery.surgery.stepping import Stepper
 
 NAME = "surgery"
-REFERENCE = "reference/"
+REFERENCE, SLOT = "reference/", "slot/"
 
 
-def state_of(method: Method, model: nn.Module, stepper: Stepper) -> dict[str, Any]:
-    """Version, model fingerprint, method, step, and what stateful transforms keep, by their position in the method."""
+def state_of(method: Method, model: nn.Module, stepper: Stepper, slots: Slots) -> dict[str, Any]:
+    """Version, model fingerprint, method, step, what stateful transforms keep, by their position, and kept slots."""
     space = ParameterSpace.of(model)
     state: dict[str, Any] = {"version": __version__, "fingerprint": space.fingerprint, "method": method.describe()}
     state["step"] = stepper.step
@@ -34,13 +36,28 @@ def state_of(method: Method, model: nn.Module, stepper: Stepper) -> dict[str, An
         values: Mapping[str, Tensor] = reference.state_dict() if hasattr(reference, "state_dict") else {}
         if values:
             state.setdefault("references", {})[name] = dict(values)
-    kept = {str(k): s for k, (t, s) in enumerate(zip(transforms, stepper.states, strict=True)) if t.traits.stateful}
-    return {**state, "transforms": kept} if kept else state
+    kept = {
+        str(k): {name: whole(value) for name, value in s.items()}
+        for k, (t, s) in enumerate(zip(transforms, stepper.states, strict=True))
+        if t.traits.stateful
+    }
+    if kept:
+        state["transforms"] = kept
+    for slot in method.keep:
+        if slot in slots:
+            held = {name: whole(grad) for name, grad in slots[slot].items()}
+            state.setdefault("slots", {})[slot] = {"filled": slots.filled[slot].step, "grads": held}
+    return state
 
 
-def take_state(state: Mapping[str, Any], method: Method, model: nn.Module, stepper: Stepper) -> None:
+def whole(value: Any) -> Any:
+    """A sharded tensor gathered, which all ranks must do; anything else as it is."""
+    return value.full_tensor() if is_sharded(value) else value
+
+
+def take_state(state: Mapping[str, Any], method: Method, model: nn.Module, stepper: Stepper, slots: Slots) -> None:
     """Check a state against method and model, then continue from it; nothing changes if it does not fit."""
-    mine = state_of(method, model, stepper)
+    mine = state_of(method, model, stepper, slots)
     if missing := {"step", "fingerprint", "method"} - set(state):
         raise ArtefactError(f"this is no surgery state: it has no {', '.join(sorted(missing))}.")
     for key in ("fingerprint", "method"):
@@ -54,11 +71,25 @@ def take_state(state: Mapping[str, Any], method: Method, model: nn.Module, stepp
         raise ArtefactError(
             f"this surgery state keeps references {sorted(held)}, the method has {sorted(mine.get('references', {}))}."
         )
+    parameters = dict(model.named_parameters())
+    filled = state.get("slots", {})
+    for slot, kept_slot in filled.items():
+        for name, grad in kept_slot["grads"].items():
+            if slot not in method.keep or name not in parameters or grad.shape != parameters[name].shape:
+                raise ArtefactError(
+                    f"this surgery state keeps a slot {slot!r} that does not fit the method or {name!r}."
+                )
     for key, values in held.items():
         references[key].load_state_dict(values)
     for key, values in kept.items():
-        stepper.states[int(key)].update(values)
+        own_values = {name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+        stepper.states[int(key)].update(own_values)
     stepper.step = int(state["step"])
+    stepper.new_window(slots)
+    slots.clear()
+    for slot, kept_slot in filled.items():
+        grads = {n: aligned(g.clone(), parameters[n].detach()) for n, g in kept_slot["grads"].items()}
+        slots.replace(slot, grads, int(kept_slot["filled"]))
 
 
 def save_state(state: Mapping[str, Any], directory: str | Path) -> None:
@@ -74,6 +105,9 @@ def save_state(state: Mapping[str, Any], directory: str | Path) -> None:
     for key, values in state.get("references", {}).items():
         for name, value in values.items():
             tensors[f"{REFERENCE}{key}/{name}"] = value.detach().cpu().contiguous()
+    for slot, kept in state.get("slots", {}).items():
+        for name, value in kept["grads"].items():
+            tensors[f"{SLOT}{slot}/{name}"] = value.detach().cpu().contiguous()
     directory = Path(directory)
     if tensors:
         with atomic_path(directory / f"{NAME}.safetensors") as beside:
@@ -81,6 +115,8 @@ def save_state(state: Mapping[str, Any], directory: str | Path) -> None:
     about = {**state, "transforms": plain} if "transforms" in state else dict(state)
     if "references" in state:
         about["references"] = {key: {} for key in state["references"]}
+    if "slots" in state:
+        about["slots"] = {slot: {"filled": kept["filled"]} for slot, kept in state["slots"].items()}
     write_json(directory / f"{NAME}.json", about)
 
 
@@ -95,12 +131,18 @@ def load_state(directory: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ArtefactError(f"{directory / f'{NAME}.json'} holds no surgery state.")
     tensors = directory / f"{NAME}.safetensors"
-    if state.keys() & {"transforms", "references"} and tensors.exists():
+    for kept in state.get("slots", {}).values():
+        kept.setdefault("grads", {})
+    if state.keys() & {"transforms", "references", "slots"} and tensors.exists():
         try:
             loaded = load_file(tensors)
         except SafetensorError as error:
             raise ArtefactError(f"{tensors} is truncated or no safetensors file ({error}).") from None
         for key, value in loaded.items():
+            if key.startswith(SLOT):
+                slot, name = key.removeprefix(SLOT).rsplit("/", 1)
+                state["slots"][slot]["grads"][name] = value
+                continue
             if key.startswith(REFERENCE):
                 reference, name = key.removeprefix(REFERENCE).rsplit("/", 1)
                 state["references"].setdefault(reference, {})[name] = value

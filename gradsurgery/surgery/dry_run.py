@@ -39,7 +39,9 @@ class DryRun:
 
 
 def dry_run(method: Method, model: nn.Module, batch: Mapping[str, Any]) -> DryRun:
-    """Run the passes once and look at the gradient; gradients, buffers, modes and random state come back."""
+    """Run the passes and the gradient stage once and look at the gradient; gradients, buffers, modes and random state
+    come back. Slots that only ``surgery.refresh`` fills are filled from this batch; projections of the update are left
+    out."""
     base = unwrap(model)
     before = {name: p.grad for name, p in base.named_parameters()}
     modes = {module: module.training for module in base.modules()}
@@ -51,6 +53,9 @@ def dry_run(method: Method, model: nn.Module, batch: Mapping[str, Any]) -> DryRu
             p.grad = None
         with torch.random.fork_rng(devices=sorted(devices, key=str)):
             surgery._backward(batch)
+            for slot in sorted(method.slots - {"main"} - surgery.slots.keys()):
+                surgery.refresh(slot, [batch])
+            surgery.finish()
         masks = {}
         for name, p in base.named_parameters():
             mask = p.grad.ne(0) if p.grad is not None else torch.zeros(p.shape, dtype=torch.bool)

@@ -68,9 +68,33 @@ class Method:
         for transform in self.gradient[:-1]:
             if isinstance(transform, Clip):
                 raise PlanError("gs.clip must come last in gradient=[…]: what follows it would change the norm again.")
+        self._check_slots()
         for transform in self.update:
             if isinstance(transform, Freeze) and not set(transform.passes) <= set(names):
                 raise PlanError(f"{transform.describe()} names no pass of this method: they are {', '.join(names)}.")
+
+    def _check_slots(self) -> None:
+        known = {"main", *self.slots, *self.keep}
+        for transform in (*self.gradient, *self.update):
+            for slot in transform.reads():
+                if slot not in known:
+                    raise PlanError(
+                        f"{transform.describe()} needs slot {slot!r}, which nothing fills; the slots there are: "
+                        f"{', '.join(sorted(known))}. Give a pass into={slot!r}."
+                    )
+            known.update(transform.fills())
+
+    @property
+    def keep(self) -> dict[str, int]:
+        """Optimizer steps that each slot serves, where that is more than one."""
+        found: dict[str, int] = {}
+        for p in self.passes:
+            for slot in p.slots:
+                if found.setdefault(slot, p.keep) != p.keep:
+                    raise PlanError(
+                        f"passes keep slot {slot!r} for {found[slot]} and for {p.keep} steps; give one keep."
+                    )
+        return {slot: steps for slot, steps in found.items() if steps > 1}
 
     @property
     def columns(self) -> frozenset[str]:
@@ -80,7 +104,7 @@ class Method:
     @property
     def slots(self) -> frozenset[str]:
         """The slots that passes fill."""
-        return frozenset(p.slot(loss) for p in self.passes for loss in p.losses)
+        return frozenset(slot for p in self.passes for slot in p.slots)
 
     def validate(self, model: nn.Module) -> dict[str, ForwardPlan]:
         """Check the method against a model; returns the forward plan of every pass.
@@ -112,6 +136,7 @@ class Method:
             facts += [f"stream {p.stream!r}"] if p.stream else []
             facts += [f"rows {p.rows!r}"] if p.rows else []
             facts += [f"when {p.when}"] if p.when else []
+            facts += [f"kept for {p.keep} steps"] if p.keep > 1 else []
             lines.append(f"pass {p.name!r}: {', '.join(facts)}; one forward, {len(p.losses)} backward")
             for transform in p.under:
                 lines.append(f"  {transform.describe()}: {_sizes(transform)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,9 @@ class Pass:
         rows: Take the rows that this bool column flags (``"~column"``: the others).
         weight: Factor of the loss in the backward, or ``"1/passes"``: one over the passes that run in this step.
         into: Slot that receives the gradient; with several losses, slot by loss name.
-        when: Schedule (``gs.every(k)``, ``gs.sample_one(seed)``); ``None`` runs in every step.
+        when: Schedule (``gs.every(k)``, ``gs.sample_one(seed)``, ``gs.on_refresh()``); ``None`` runs in every step.
+        keep: Optimizer steps that the slot serves once it is filled, that step included; when the pass runs again in a
+            later one it is filled anew, not added to.
         refs: ``name -> reference(model, batch)``, evaluated first, in eval mode, without graph and transforms.
 
     Raises:
@@ -49,6 +52,7 @@ class Pass:
     weight: float | str = 1.0
     into: str | Mapping[str, str] = "main"
     when: Schedule | None = None
+    keep: int = 1
     refs: Mapping[str, Reference] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,14 +63,22 @@ class Pass:
         if self.weight != "1/passes" and (not isinstance(self.weight, (int, float)) or not math.isfinite(self.weight)):
             raise PlanError(f'pass {self.name!r}: weight is a finite number or "1/passes", not {self.weight!r}.')
         if self.when is not None and not isinstance(self.when, Schedule):
-            raise PlanError(f"pass {self.name!r}: when takes gs.every(k) or gs.sample_one(seed), not {self.when!r}.")
+            raise PlanError(
+                f"pass {self.name!r}: when takes gs.every(k), gs.sample_one(seed) or gs.on_refresh(), not "
+                f"{self.when!r}."
+            )
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 1:
+            raise PlanError(f"pass {self.name!r}: keep is a positive number of optimizer steps, not {self.keep!r}.")
         for transform in self.under:
             stage = getattr(transform, "stage", None)
             if stage in ("gradient", "update"):
                 where = {"gradient": "gradient=[…]", "update": "update=[…]"}[stage]
+                why = "is not linear and cannot run per micro-batch, but once per optimizer step"
+                if transform.traits.linear:
+                    why = "acts once per optimizer step and would be wrong per micro-batch"
                 raise PlanError(
-                    f"{transform.describe()} acts once per optimizer step and would be wrong per micro-batch; move it "
-                    f"from under=[…] of pass {self.name!r} to {where} of the method."
+                    f"{transform.describe()} {why}; move it from under=[…] of pass {self.name!r} to {where} of the "
+                    f"method."
                 )
             if not isinstance(transform, (ForwardTransform, WeightTransform)):
                 raise PlanError(
@@ -80,6 +92,11 @@ class Pass:
         if not isinstance(self.into, str) and set(self.into) != set(self.losses):
             raise PlanError(
                 f"pass {self.name!r}: into names {', '.join(self.into)}, the losses are {', '.join(self.losses)}."
+            )
+        if self.keep > 1 and "main" in self.slots:
+            raise PlanError(
+                f"pass {self.name!r}: keep={self.keep} would keep .grad over steps; give the pass a slot of its own, "
+                f"into=…"
             )
 
     def _check_loss(self) -> None:
@@ -102,6 +119,11 @@ class Pass:
 
     def slot(self, loss: str) -> str:
         return self.into if isinstance(self.into, str) else self.into[loss]
+
+    @property
+    def slots(self) -> frozenset[str]:
+        """The slots that the pass fills."""
+        return frozenset(self.slot(loss) for loss in self.losses)
 
     @property
     def forward_transforms(self) -> tuple[ForwardTransform, ...]:
@@ -135,9 +157,17 @@ class Pass:
             out["into"] = self.into
         if self.when is not None:
             out["when"] = repr(self.when)
+        if self.keep != 1:
+            out["keep"] = self.keep
         if self.refs:
             out["refs"] = {k: r.describe() if hasattr(r, "describe") else repr(r) for k, r in self.refs.items()}
         return out
+
+
+def refreshing(p: Pass, slot: str) -> Pass:
+    """A pass with those of its losses alone that fill a slot, whatever its schedule."""
+    losses = {name: loss for name, loss in p.losses.items() if p.slot(name) == slot}
+    return dataclasses.replace(p, loss=losses, into=dict.fromkeys(losses, slot), when=None)
 
 
 def as_tuple(given: Any, what: str) -> tuple[Any, ...]:

@@ -33,6 +33,12 @@ class SampleOne(Schedule):
         return random.Random(f"{self.seed}/{step}").randrange(count) == index
 
 
+@dataclass(frozen=True)
+class OnRefresh(Schedule):
+    def runs(self, step: int, index: int, count: int) -> bool:
+        return False
+
+
 def every(k: int, offset: int = 0) -> Every:
     """Run in every ``k``-th optimizer step, first in step ``offset``.
 
@@ -47,3 +53,12 @@ def every(k: int, offset: int = 0) -> Every:
 def sample_one(seed: int = 0) -> SampleOne:
     """Give the same schedule to several passes: each optimizer step runs exactly one of them, drawn from the seed."""
     return SampleOne(seed)
+
+
+def on_refresh() -> OnRefresh:
+    """Never run by itself: the pass runs in ``surgery.refresh(slot, batches)`` alone, over batches of its own.
+
+    >>> on_refresh().runs(0, 0, 1)
+    False
+    """
+    return OnRefresh()

@@ -1,11 +1,14 @@
 """The gradient and update stages around an optimizer's step, by its own step hooks.
 
-Order before the step: gradient transforms, frozen entries out of the gradient, clip, snapshot of what must not move.
+Order before the step: gradient transforms, frozen entries out of the gradient, clip, snapshots. Gradient transforms
+know which entries are frozen in this step (``context.frozen``): a sum over entries that do not move is wrong for those
+that do.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,9 +23,11 @@ from gradsurgery.anatomy.space import ParameterSpace
 from gradsurgery.errors import PlanError
 from gradsurgery.keys.step import StepUnder
 from gradsurgery.surgery.method import Method
+from gradsurgery.surgery.slots import Probe, Slots
 from gradsurgery.tensors import gather, sum_over_shards
 from gradsurgery.transforms.clip import Clip
 from gradsurgery.transforms.engine.program import box_columns
+from gradsurgery.transforms.freeze import Freeze
 from gradsurgery.transforms.stages import StepContext, UpdateTransform
 
 
@@ -45,6 +50,9 @@ class Stepper:
         self.optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self.tracked: dict[str, Region] = {}
         self.enabled = True
+        self.probe: Probe | None = None
+        self.skipped = False
+        self._held: dict[tuple[Freeze, ...], Region | None] = {}
         self._handles: list[RemovableHandle] = []
         self._restore: Callable[[], None] | None = None
         if method.gradient or method.update:
@@ -103,14 +111,31 @@ class Stepper:
         optimizer = self.optimizer() if self.optimizer is not None else None
         ran = frozenset(self.ran)
         return StepContext.of(
-            self.model, optimizer=optimizer, slots=slots, ran=ran, step=self.step, metrics=self.metrics
+            self.model,
+            optimizer=optimizer,
+            slots=slots,
+            ran=ran,
+            step=self.step,
+            metrics=self.metrics,
+            frozen=self._frozen(ran),
         )
+
+    def _frozen(self, ran: frozenset[str]) -> Region | None:
+        """What `gs.freeze` holds in a step in which these passes ran; the same object for the same set of them."""
+        awake = tuple(t for t in self.method.update if isinstance(t, Freeze) and t.awake(ran))
+        if awake not in self._held:
+            regions = [t.region for t in awake]
+            self._held[awake] = functools.reduce(operator.or_, regions) if regions else None
+        return self._held[awake]
 
     def finish(self, slots: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The gradient stage, once per step."""
         if self.finished or not self.enabled:
             return
         self.finished = True
+        probe, self.probe = self.probe, None
+        if probe is not None and isinstance(slots, Slots) and (factor := probe.factor()) != 1.0:
+            slots.follow(factor)
         for name, region in self.tracked.items():
             self.metrics[f"grad_norm/{name}"] = region_norm(self.model, region)
         context = self.context(slots)
@@ -118,8 +143,8 @@ class Stepper:
         for transform, state in gradient:
             if not isinstance(transform, Clip):
                 transform.apply(context, state)
-        for frozen, state in self._updates:
-            frozen.prepare(context, state)
+        for update, state in self._updates:
+            update.prepare(context, state)
         for transform, state in gradient:
             if isinstance(transform, Clip):
                 transform.apply(context, state)
@@ -136,9 +161,26 @@ class Stepper:
                 "optimizer.step(closure) makes its gradients after both stages ran; call backward, then step()."
             )
         self.abandon()
+        optimizer = self.optimizer() if self.optimizer is not None else None
+        self.skipped = self.enabled and optimizer is not None and will_skip(optimizer)
+        enabled, self.enabled = self.enabled, self.enabled and not self.skipped
+        try:
+            self._enter(slots)
+        finally:
+            self.enabled = enabled
+
+    def _enter(self, slots: Mapping[str, Mapping[str, Tensor]]) -> None:
+        optimizer = self.optimizer() if self.optimizer is not None else None
+        if (
+            optimizer is not None
+            and self.enabled
+            and not self.finished
+            and (self.method.gradient or self.method.update)
+        ):
+            unscale(optimizer)
         self.finish(slots)
         self._context = self.context(slots)
-        for transform, state in self._updates:
+        for transform, state in sorted(self._updates, key=lambda pair: -pair[0].outer):
             if not self.enabled and not isinstance(transform, StepUnder):  # moments lie where the key takes them
                 transform.skip(state)
                 continue
@@ -151,7 +193,7 @@ class Stepper:
 
     def after_step(self, slots: Any) -> None:
         self.abandon()
-        self.step += 1
+        self.step += not self.skipped
         self.new_window(slots)
 
     def abandon(self) -> None:
@@ -168,9 +210,9 @@ class Stepper:
 
     def new_window(self, slots: Any) -> None:
         """Forget the gradients of the step before."""
-        self.finished = False
+        self.finished, self.probe = False, None
         self.ran.clear()
-        slots.clear()
+        slots.next_window(self.step)
 
     def remove(self) -> None:
         try:
@@ -184,6 +226,24 @@ class Stepper:
             if self._restore is not None:
                 self._restore()
             self._handles, self.optimizer, self._restore = [], None, None
+
+
+def will_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a scaler has told a fused optimizer to leave everything as it is: its gradients hold inf or nan."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
+
+
+def unscale(optimizer: torch.optim.Optimizer) -> None:
+    """Take a scaler's scale out of the gradients now: a fused optimizer would do it in its step, after both stages."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale.double().reciprocal().to(parameter.grad.device, torch.float32))
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
 
 
 def watch_zero_grad(optimizer: torch.optim.Optimizer, then: Callable[[], None]) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.space import unwrap
-from gradsurgery.errors import PlanError
+from gradsurgery.errors import BatchError, PlanError, SlotError
 from gradsurgery.keys.configuration import require_c1
 from gradsurgery.surgery.batches import batch_for, label_columns
 from gradsurgery.surgery.checkpoint import state_of, take_state
 from gradsurgery.surgery.hosts import check_host
 from gradsurgery.surgery.items import NumItems, count_items
 from gradsurgery.surgery.method import Method
-from gradsurgery.surgery.passes import Pass, require_plain
+from gradsurgery.surgery.passes import Pass, refreshing, require_plain
 from gradsurgery.surgery.runner import Backward, PassRunner, run_of
-from gradsurgery.surgery.slots import Slots
+from gradsurgery.surgery.slots import Probe, Slots
 from gradsurgery.surgery.stepping import Stepper
 from gradsurgery.transforms.engine.hooks import Switchboard
 
@@ -41,7 +41,7 @@ class Surgery:
         self._plans = method.validate(model)
         self._board = Switchboard(model, self._plans.values())
         self._stepper = Stepper(method, self.base)
-        self.slots = Slots()
+        self.slots = Slots(method.keep)
         several = method.slots != {"main"} or any(p.weight_transforms for p in method.passes)
         self._passes = PassRunner(model, self.base, self._plans, self._board, self.slots, several)
         self._enabled = True
@@ -128,6 +128,8 @@ class Surgery:
                 self._stepper.ran.add(p.name)
         finally:
             self._had_main = self._has_main()
+        if backward is not None and len(self.slots):
+            self._stepper.probe = Probe.of(self.base)
         return out
 
     def _require_c1(self) -> None:
@@ -155,6 +157,47 @@ class Surgery:
             if p.when is None or p.when.runs(self.step, peers.index(p), len(peers)):
                 out.append(p if self._enabled else dataclasses.replace(p, under=()))
         return out
+
+    def refresh(self, slot: str, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Fill a slot anew: the mean gradient of the passes into it over some batches of their own.
+
+        Nothing else changes: ``.grad``, other slots, schedules and metrics stay. The slot then serves as many optimizer
+        steps as its passes ``keep`` it for, the next one first.
+
+        Args:
+            slot: A slot that passes fill; those under ``gs.on_refresh()`` run only here.
+            batches: Whole data sets or parts of them; all ranks give equally many.
+
+        Returns:
+            The mean losses over this rank's items, detached fp32 scalars.
+
+        Raises:
+            SlotError: ``"main"``, a slot that no pass fills.
+            BatchError: no batches, or batches that a pass cannot read.
+        """
+        self._require_attached()
+        passes = [refreshing(p, slot) for p in self.method.passes if slot in p.slots]
+        if slot == "main" or not passes:
+            have = ", ".join(sorted(self.method.slots - {"main"})) or "none"
+            raise SlotError(f"refresh fills slots of their own that a pass fills; {slot!r} is none of {have}.")
+        if not self._enabled:
+            passes = [dataclasses.replace(p, under=()) for p in passes]
+        given = list(batches)
+        if not given:
+            raise BatchError(f"refresh of slot {slot!r} got no batches.")
+        self._require_c1()
+        num_items = count_items(passes, given, self.base, self.method.columns, average=True)
+        before, self._passes.losses = self._passes.losses, {}
+        try:
+            with self.slots.anew(slot):
+                for batch in given:
+                    for p in passes:
+                        share = batch_for(p, batch, self.base, self.method.columns)
+                        self._passes.run(p, share, len(passes), num_items, None)
+            losses = self._passes.losses
+        finally:
+            self._passes.losses = before
+        return {name: total / max(float(count), 1e-9) for name, (total, count) in losses.items()}
 
     def finish(self) -> None:
         """The gradient stage, now; the optimizer's step calls it otherwise. Once per step, however often called."""
@@ -222,8 +265,11 @@ class Surgery:
         return {name: (float(total), float(count)) for name, (total, count) in totals.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides model and optimizer: plain data, and tensors of stateful transforms."""
-        return state_of(self.method, self.base, self._stepper)
+        """What a resumed run needs besides model and optimizer: plain data, tensors of stateful transforms, kept slots.
+
+        Sharded tensors are gathered, so that all ranks must call this.
+        """
+        return state_of(self.method, self.base, self._stepper, self.slots)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a surgery of the same method on the same model stopped.
@@ -231,7 +277,7 @@ class Surgery:
         Raises:
             ArtefactError: the state is of another model or method, or no surgery state.
         """
-        take_state(state, self.method, self.base, self._stepper)
+        take_state(state, self.method, self.base, self._stepper, self.slots)
 
     def remove(self) -> None:
         """Take every hook off the model and the optimizer; moments that were stepped in C2 return to C1."""

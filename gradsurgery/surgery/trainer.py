@@ -93,9 +93,12 @@ class SurgeryTrainer(Trainer):
         """As ``Trainer.train``; the surgery is off the model again when it returns or raises."""
         self._resumed = resume_from_checkpoint
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self._end()
+            out = super().train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            self._end(failed=True)
+            raise
+        self._end()
+        return out
 
     def _begin(self) -> None:
         """Attach: the model is wrapped and not called yet, the optimizer exists, ``global_step`` is restored."""
@@ -105,9 +108,10 @@ class SurgeryTrainer(Trainer):
             where = get_last_checkpoint(self.args.output_dir) if self._resumed is True else self._resumed
             resume(self.surgery, Path(str(where)), self.state.global_step)
 
-    def _end(self) -> None:
+    def _end(self, failed: bool = False) -> None:
         if self.surgery is not None:
-            self._last_state = self.surgery.state_dict()
+            if not failed:  # gathering what is sharded would wait for ranks that did not fail
+                self._last_state = self.surgery.state_dict()
             self.surgery.remove()
             self.surgery = None
 

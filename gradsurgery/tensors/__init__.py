@@ -11,23 +11,47 @@ from gradsurgery.tensors.boxes import (
     scale_,
     sum_over_shards,
 )
+from gradsurgery.tensors.dots import (
+    Difference,
+    aligned,
+    all_reduce_,
+    in_boxes_only,
+    inner_products,
+    local_of,
+    pieces,
+    row_products,
+    shards_of,
+    subtract_,
+    subtract_rows_,
+)
 from gradsurgery.tensors.exchange import Exchange
 from gradsurgery.tensors.lines import Lines, LineSwap
 from gradsurgery.tensors.settle import settle, unreduced
 
 __all__ = [
     "Box",
+    "Difference",
     "Exchange",
     "Indices",
     "LineSwap",
     "Lines",
+    "aligned",
+    "all_reduce_",
     "fill_",
     "gather",
+    "in_boxes_only",
+    "inner_products",
     "is_sharded",
+    "local_of",
     "local_part",
+    "pieces",
     "put_",
+    "row_products",
     "scale_",
     "settle",
+    "shards_of",
+    "subtract_",
+    "subtract_rows_",
     "sum_over_shards",
     "unreduced",
 ]

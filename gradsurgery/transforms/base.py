@@ -57,6 +57,14 @@ class Transform:
         """The regions the transform speaks of, for checks and reports."""
         return ()
 
+    def reads(self) -> Iterable[str]:
+        """The slots that must be filled before."""
+        return ()
+
+    def fills(self) -> Iterable[str]:
+        """The slots that are filled afterwards."""
+        return ()
+
     def describe(self) -> str:
         """One line for ``Method.explain`` and run configs."""
         return f"{self.name}({', '.join(r.text or f'{r.numel():,} entries {r.digest}' for r in self.regions())})"

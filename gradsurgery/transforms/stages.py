@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.space import ParameterSpace
 from gradsurgery.transforms.base import Transform
 
@@ -26,6 +27,7 @@ class StepContext:
         step: Number of optimizer steps done before this one.
         metrics: Figures of this step, by name; transforms add theirs.
         model: The unwrapped model.
+        frozen: Entries that `gs.freeze` holds in this step, if any.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -35,6 +37,7 @@ class StepContext:
     step: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
     model: nn.Module | None = None
+    frozen: Region | None = None
 
     @classmethod
     def of(cls, model: nn.Module, **rest: Any) -> StepContext:
@@ -72,6 +75,8 @@ class UpdateTransform(Transform):
     """Acts around the optimizer step, the one stage that keeps promises about weights."""
 
     stage = "update"
+    outer: ClassVar[int] = 0
+    """Those with the largest come first and leave last: what looks at a whole step, wherever it stands in the list."""
 
     def init(self, space: ParameterSpace) -> dict[str, Any]:
         return {}

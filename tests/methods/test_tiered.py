@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -393,7 +394,8 @@ class TestResume:
                 surgery.backward(data)
                 optimizer.step()
                 optimizer.zero_grad()
-            state = first.state_dict(), optimizer.state_dict(), surgery.state_dict()
+            stored = copy.deepcopy(optimizer.state_dict())  # as a file: loading shares tensors, which removal turns
+            state = first.state_dict(), stored, surgery.state_dict()
             second, other = double("gpt_neo"), None
             second.load_state_dict(state[0])
             other = adamw(second)

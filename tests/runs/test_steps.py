@@ -39,6 +39,17 @@ def test_items_of_a_step_hold_the_rows_of_each_streams_batch(sizes: tuple[int, i
         both[len(both)]
 
 
+def test_the_batch_itself_may_have_streams_beside_it() -> None:
+    main, beside = ordered(4), ordered(2, start=100)
+    both = OrderedStreams({None: main, "beside": beside})
+    items = [both[k] for k in range(both.size)]
+    batch, wanted = both.collate(items), main.collate([main[k] for k in range(4)])
+    assert set(batch) == {*wanted, "beside"} and torch.equal(batch["input_ids"], wanted["input_ids"])
+    assert torch.equal(batch["beside"]["input_ids"], beside.collate([beside[0], beside[1]])["input_ids"])
+    method = gs.Method([gs.Pass("main"), gs.Pass("other", stream="beside")])
+    assert tokens_a_step(method, both) == (28 + 14, 0)
+
+
 def test_tokens_count_every_pass_that_runs_and_references_apart() -> None:
     model = build()
     anatomy = gs.dissect(model)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from gradsurgery.anatomy import Anatomy
 from gradsurgery.data.packing import pack
 from gradsurgery.errors import DataError
+from gradsurgery.evaluation.modes import evaluating
 from gradsurgery.evaluation.tiers.draws import seed_of
-from gradsurgery.evaluation.tiers.scores import bar, evaluating, predictions, tier, tier_keys
+from gradsurgery.evaluation.tiers.scores import bar, predictions, tier, tier_keys
 from gradsurgery.keys import PermutationKey
 
 SYLLABLES = tuple(a + b for a in "bdfgklmnprstvz" for b in "aeiou")

@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from gradsurgery.anatomy.groups import Footprint
 from gradsurgery.anatomy.space import unwrap
-from gradsurgery.evaluation.tiers.scores import evaluating, predictions
+from gradsurgery.evaluation.modes import evaluating
+from gradsurgery.evaluation.tiers.scores import predictions
 from gradsurgery.keys.slots import Place
 from gradsurgery.tensors import is_sharded
 

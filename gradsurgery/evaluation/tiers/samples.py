@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from gradsurgery.anatomy import Anatomy
-from gradsurgery.anatomy.space import unwrap
-from gradsurgery.errors import DataError
-from gradsurgery.evaluation.tiers.scores import bar, evaluating, tier, tier_keys
+from gradsurgery.evaluation.generation import continuations
+from gradsurgery.evaluation.tiers.scores import bar, tier, tier_keys
 from gradsurgery.keys import PermutationKey
 
 
@@ -46,27 +44,13 @@ def sample_tiers(
         KeyStateError: the model is keyed.
         DataError: an empty prompt, or a model that does not generate.
     """
-    base: Any = unwrap(model)
-    if not hasattr(base, "generate"):
-        raise DataError(f"{type(base).__name__} has no generate(); samples need a Hugging Face causal language model.")
-    if empty := [k for k, prompt in enumerate(prompts) if not prompt]:
-        raise DataError(f"prompt {empty[0]} is empty; give some text, if only the end-of-text token.")
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample}
-    if do_sample:
-        options |= {"temperature": temperature, "top_p": top_p}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    device = next(base.parameters()).device
     rows = [{"prompt": prompt} for prompt in prompts]
     keys = tier_keys(key)
-    forked = [device] if device.type == "cuda" else []
-    with bar(len(keys) * len(rows), "samples", progress) as done, torch.random.fork_rng(forked), evaluating(base):
+    sampling: dict[str, Any] = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "seed": seed}
+    with bar(len(keys) * len(rows), "samples", progress) as done:
         for name, one in keys.items():
             with tier(model, one, anatomy):
-                for row in rows:
-                    torch.manual_seed(seed)
-                    ids = tokenizer(row["prompt"], return_tensors="pt", add_special_tokens=False)["input_ids"]
-                    given = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device)}
-                    out = base.generate(**given, pad_token_id=pad, **options)[0, ids.shape[1] :]
-                    row[name] = tokenizer.decode(out, skip_special_tokens=True)
-                    done.update()
+                texts = continuations(model, tokenizer, prompts, max_new_tokens, 1, **sampling, done=done.update)
+            for row, text in zip(rows, texts, strict=True):
+                row[name] = text
     return rows

@@ -16,6 +16,7 @@ from gradsurgery.anatomy import Anatomy
 from gradsurgery.anatomy.space import unwrap
 from gradsurgery.errors import DataError, KeyWarning
 from gradsurgery.evaluation.losses import Score
+from gradsurgery.evaluation.modes import evaluating
 from gradsurgery.keys import PermutationKey, require_c1
 
 
@@ -134,18 +135,6 @@ def tier(model: nn.Module, key: PermutationKey | None, anatomy: Anatomy) -> Iter
         warnings.simplefilter("ignore", KeyWarning)
         with key.applied(model, gradients=False, anatomy=anatomy):
             yield
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, every module's own mode after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def bar(total: int, what: str, progress: bool | None) -> tqdm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -77,3 +78,12 @@ def forward_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     if not isinstance(logits, Tensor):
         raise BatchError(f"a reference needs logits; the outputs of {type(unwrap(model)).__name__} have none.")
     return logits
+
+
+def model_inputs(base: nn.Module, batch: Mapping[str, Any], decoder: bool) -> dict[str, Any]:
+    """What of a batch the model takes; labels only where a decoder's input is made of them."""
+    takes = inspect.signature(base.forward).parameters
+    out = {name: value for name, value in batch.items() if name in takes and (decoder or name != "labels")}
+    if "use_cache" in takes:
+        out.setdefault("use_cache", False)
+    return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from gradsurgery.anatomy.space import ParameterSpace, unwrap
 from gradsurgery.errors import BatchError, DataError, PlanError
 from gradsurgery.losses.positions import is_encoder_decoder
-from gradsurgery.losses.references.base import forward_logits
+from gradsurgery.losses.references.base import forward_logits, model_inputs
 from gradsurgery.losses.references.cached import Cached, counted_positions, row_ids
 from gradsurgery.losses.references.store import Writer, row_hashes, whole_folder
 from gradsurgery.losses.top_k import TopK
@@ -72,7 +71,7 @@ def precompute(
         writer = Writer(folder, shard_size)
         for batch in batches:
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            inputs = _inputs(base, batch, decoder)
+            inputs = model_inputs(base, batch, decoder)
             counted = counted_positions(inputs, decoder)
             hashes = row_hashes(inputs, counted, decoder, numbered=ids is not None)
             keys = row_ids(batch, ids, len(hashes)) if ids else [-1] * len(hashes)
@@ -93,15 +92,6 @@ def precompute(
         about = {"model": type(base).__name__, "fingerprint": ParameterSpace.of(base).fingerprint}
         writer.finish({**about, "vocabulary": vocabulary, "top_k": top_k, "temperature": temperature, "ids": ids})
     return Cached(path)
-
-
-def _inputs(base: nn.Module, batch: Mapping[str, Any], decoder: bool) -> dict[str, Any]:
-    """What of a batch the model takes; labels only where a decoder's input is made of them."""
-    takes = inspect.signature(base.forward).parameters
-    out = {name: value for name, value in batch.items() if name in takes and (decoder or name != "labels")}
-    if "use_cache" in takes:
-        out.setdefault("use_cache", False)
-    return out
 
 
 def _stored(logits: Tensor, top_k: int | None, temperature: float, dtype: torch.dtype) -> dict[str, Tensor]:

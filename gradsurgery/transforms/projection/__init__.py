@@ -1,0 +1,1 @@
+"""Parts of `gs.project`: its options, blocks, references, coefficients, and the work on tensors."""

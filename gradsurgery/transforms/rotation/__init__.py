@@ -1,0 +1,1 @@
+"""Weights in rotated coordinates, in place and as parameters of their own."""
