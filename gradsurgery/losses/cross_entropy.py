@@ -51,7 +51,8 @@ def _(logits: Tensor, targets: Tensor, chunk_size: int) -> Any:
 def cross_entropy_backward_op(grad: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, chunk_size: int) -> Tensor:
     """Gradient with respect to ``logits``, of its dtype; exactly 0 in rows that do not count."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    blocks = Blocks(logits, lse.dtype, chunk_size, buffers=1)
+    in_place = lse.dtype == logits.dtype
+    blocks = Blocks(logits, lse.dtype, chunk_size, buffers=0 if in_place else 1)
     for x_NV, out_NV, t_N1, lse_N1 in matrices(logits, out, targets.unsqueeze(-1), lse.unsqueeze(-1)):
         counted_N1 = t_N1 != IGNORED
         for block in blocks.of(counted_N1):
@@ -60,7 +61,7 @@ def cross_entropy_backward_op(grad: Tensor, logits: Tensor, targets: Tensor, lse
                 part.zero_()
                 continue
             for columns in blocks.columns():
-                (a,) = blocks.buffers(part[:, columns])
+                a = part[:, columns] if in_place else blocks.buffers(part[:, columns])[0]
                 torch.sub(x_NV[block.rows, columns], lse_N1[block.rows], out=a)
                 torch.mul(a.exp_(), grad, out=part[:, columns])
             at = t_N1[block.rows].masked_fill(uncounted, 0)

@@ -85,7 +85,8 @@ def kl_backward_op(
 ) -> Tensor:
     """Gradient with respect to ``current``, of its dtype; exactly 0 in rows that do not count."""
     out = torch.empty_like(current, memory_format=torch.contiguous_format)
-    blocks = Blocks(current, kl.dtype, chunk_size, buffers=2)
+    in_place = kl.dtype == current.dtype
+    blocks = Blocks(current, kl.dtype, chunk_size, buffers=1 if in_place else 2)
     columned = (x.unsqueeze(-1) for x in (counted, kl, grad))
     for x_NV, y_NV, out_NV, counted_N1, kl_N1, grad_N1, stats_N4 in matrices(current, reference, out, *columned, stats):
         for block in blocks.of(counted_N1):
@@ -98,7 +99,8 @@ def kl_backward_op(
             shift = log_t - log_s - kl_N1[block.rows]
             for columns in blocks.columns():
                 x, y, part = (z_NV[block.rows, columns] for z_NV in (x_NV, y_NV, out_NV))
-                a, b = blocks.buffers(x)
+                *first, b = blocks.buffers(x)
+                a = part if in_place else first[0]
                 _shifted(x, top_x, temperature, a)
                 _shifted(y, top_y, temperature, b)
                 if reverse:
