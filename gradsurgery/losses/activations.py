@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradsurgery.anatomy.space import unwrap
-from gradsurgery.errors import BatchError, SelectionError
+from gradsurgery.errors import BatchError, PlanError, SelectionError
 from gradsurgery.losses.positions import count_positions, is_encoder_decoder, mask_of
 from gradsurgery.losses.references.base import Reference
 from gradsurgery.losses.references.frozen import Frozen
@@ -49,7 +49,12 @@ class Activations(Reference):
             self.of.take(model)
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Recorded | Tensor:
-        """Evaluate the inner reference and return what the module returned, or record the forward to come."""
+        """Evaluate the inner reference and return what the module returned, or record the forward to come.
+
+        Raises:
+            PlanError: the module runs inside of a compiled call, which sees no hook that comes later.
+        """
+        require_eager(model, self.module)
         if self.of is None:
             recorded = Recorded(self.module)
             handle = self._record(model, weakref.ref(recorded), with_graph=True)
@@ -96,6 +101,7 @@ def activations(module: str, of: Reference | None = None) -> Activations:
     Raises:
         SelectionError: (when a surgery is attached) no module of that name.
         BatchError: (when it is used) the module was not called, or returns no tensor.
+        PlanError: (when it is used) the module is compiled, or a part of what is.
 
     Example:
         >>> here, before = gs.losses.activations("model.layers.0"), gs.losses.snapshot(anatomy.neurons[:1, :16])
@@ -184,8 +190,8 @@ def value_of(given: Any, name: str) -> Tensor:
         return value
     if isinstance(given, Recorded):
         raise BatchError(
-            f"{given.module} was not called with a graph in this forward, so that nothing was recorded. Compiled calls "
-            f"and reentrant checkpointing hide it: leave the model uncompiled, and use use_reentrant=False."
+            f"{given.module} was not called with a graph in this forward, so that nothing was recorded; reentrant "
+            f"checkpointing hides it: use use_reentrant=False."
         )
     raise BatchError(f"{name} takes activations, gs.losses.activations(module), not {type(given).__name__}.")
 
@@ -197,6 +203,21 @@ def first_tensor(output: Any) -> Tensor:
         if isinstance(part, Tensor):
             return part
     raise BatchError(f"a recorded module returned {type(output).__name__} without a tensor.")
+
+
+def require_eager(model: nn.Module, name: str) -> None:
+    """Raise a `PlanError` where the module is called by compiled code: the model, a wrapper or a module around it."""
+    base, around = unwrap(model), [model]
+    while around[-1] is not base:
+        inner = getattr(around[-1], "_orig_mod", None)
+        around.append(inner if isinstance(inner, nn.Module) else around[-1].module)  # type: ignore[arg-type]
+    modules, parts = dict(base.named_modules()), name.split(".")
+    around += [modules[path] for k in range(1, len(parts) + 1) if (path := ".".join(parts[:k])) in modules]
+    if any("_orig_mod" in m._modules or getattr(m, "_compiled_call_impl", None) is not None for m in around):
+        raise PlanError(
+            f"activations({name!r}): {type(base).__name__} calls it inside of compiled code, where it cannot be "
+            f"recorded; leave the model, or the blocks up to this one, uncompiled."
+        )
 
 
 def module_of(model: nn.Module, name: str) -> nn.Module:

@@ -194,6 +194,19 @@ def test_without_a_retain_pass_only_forget_rows_are_needed() -> None:
     assert "steer(20, seed 0)" in method.explain(model)
 
 
+@pytest.mark.parametrize("how", ["wrapped", "in place", "the block"])
+def test_compiled_calls_are_refused(how: str) -> None:
+    model = build("llama")
+    host: Any = model
+    if how == "wrapped":
+        host = torch.compile(model, backend="eager")
+    else:
+        (model if how == "in place" else model.model.layers[0]).compile(backend="eager")
+    method = gs.methods.rmu("model.layers.0", gs.region(model, "model.layers.0.mlp.down_proj.weight"))
+    with gs.attach(method, host) as surgery, pytest.raises(PlanError, match="inside of compiled code"):
+        surgery.backward(batch())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["ddp", "fsdp2"])
 def test_two_ranks_equal_one(host: str, tmp_path: Path) -> None:
