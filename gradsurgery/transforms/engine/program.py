@@ -5,6 +5,7 @@ An atom is a largest set of entries that all effects treat alike; its factor dep
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,8 +21,17 @@ Factor = tuple[int, "float | str"]
 """``(column, factor)``: rows that label column ``column`` flags count ``factor`` times; column -1 flags every row."""
 
 
+_SHARED: weakref.WeakValueDictionary[tuple[int, int], Indices] = weakref.WeakValueDictionary()
+"""Index tensors in use: most boxes of a model take whole dimensions of a few sizes."""
+
+
 def box_columns(box: Box, shape: tuple[int, ...]) -> tuple[Indices, ...]:
-    return tuple(Indices(torch.from_numpy(indices_of(bits)), n) for bits, n in zip(box, shape, strict=True))
+    out = []
+    for bits, n in zip(box, shape, strict=True):
+        if (found := _SHARED.get((bits, n))) is None:
+            _SHARED[bits, n] = found = Indices(torch.from_numpy(indices_of(bits)), n)
+        out.append(found)
+    return tuple(out)
 
 
 @dataclass(eq=False)
