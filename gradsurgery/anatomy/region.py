@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
-from gradsurgery.anatomy.entries import Entries
+from gradsurgery.anatomy.entries import Entries, Tree
 from gradsurgery.anatomy.groups import Slice
 from gradsurgery.anatomy.space import ParameterSpace, require_same_space
 from gradsurgery.errors import SelectionError
@@ -82,7 +83,7 @@ class Region:
     @property
     def digest(self) -> str:
         """8 hex digits of the entries, for regions that have no text form."""
-        text = repr([(name, part.tree) for name, part in self.entries.items()])
+        text = repr([(name, _spelled(part.tree)) for name, part in self.entries.items()])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def of(self, name: str) -> Entries:
@@ -145,3 +146,8 @@ def _join(left: str, symbol: str, right: str) -> str:
     if symbol == "|" and not any(s in left + right for s in (" & ", " - ")):
         return f"{left} | ({right})" if " | " in right else f"{left} | {right}"
     return f"({left}) {symbol} ({right})"
+
+
+def _spelled(tree: Tree) -> Any:
+    """Bit sets in hexadecimal: Python writes no longer decimals than 4,300 digits."""
+    return tree if isinstance(tree, bool) else [(hex(bits), _spelled(sub)) for bits, sub in tree]

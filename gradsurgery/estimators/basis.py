@@ -106,6 +106,12 @@ class Basis:
         """The weights that the basis speaks of."""
         return Region(self.space, {name: Entries.full(self.space.shapes[name]) for name in self.sites})
 
+    @cached_property
+    def rest(self) -> Region:
+        """Every other parameter; with a text, since naming a region by its entries takes long where it is large."""
+        rest = Region.whole(self.space) - self.region
+        return Region(self.space, rest.entries, f"weights without basis {self.digest}")
+
     def rank(self, name: str, energy: float) -> int:
         """How many directions hold this share of the mean square; of stacks the most."""
         values = self._values(self.site(name).key).double()

@@ -11,7 +11,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from gradsurgery.anatomy.region import Region
 from gradsurgery.errors import PlanError, SelectionError
 from gradsurgery.estimators import Basis, Coordinates, Importance, top_k
 from gradsurgery.losses import causal_lm
@@ -94,7 +93,7 @@ def keeping(
     if not coordinates.count():
         raise SelectionError(f"{name}: the masks name no coordinate, so nothing would be kept.")
     update: list[UpdateTransform] = [rotate(coordinates.basis, freeze(coordinates), at="update", gradient=gradient)]
-    rest = Region.whole(coordinates.space) - coordinates.basis.region
+    rest = coordinates.basis.rest
     if others == "freeze" and rest:
         if passes is not None:
             raise PlanError(

@@ -1,117 +1,33 @@
-"""The phases of a run of WaRP before training: each has a folder, finds those before it, and checks that they fit."""
+"""The phases of a run of WaRP before training: a behaviour, bases of what it reads, masks of what it needs."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 import gradsurgery as gs
 from gradsurgery.data import ChatRows, MixedSampler
-from gradsurgery.errors import ArtefactError, PlanError
+from gradsurgery.errors import PlanError
 from gradsurgery.estimators import Basis, Masks, identity_basis, importance, top_k
 from gradsurgery.methods import plain
-from gradsurgery.runs import keys, lifting, pretrain
+from gradsurgery.runs import lifting, pretrain
 from gradsurgery.runs.folder import RunFolder
-from gradsurgery.runs.setup import build_model, digest
+from gradsurgery.runs.setup import build_model
 from gradsurgery.runs.steps import OrderedRows
 from gradsurgery.runs.train import train
-from gradsurgery.runs.warp import PHASES, WarpConfig, learns_first, loading
+from gradsurgery.runs.warp import WarpConfig, learns_first, loading
+from gradsurgery.runs.warp_find import find_phase, finished, open_phase, require_weights, weights_digest
 from gradsurgery.runs.warp_layers import weights_of
 from gradsurgery.runs.warp_rows import PROTECTED, TASK, WarpRows, load_rows
-
-_DATA = (
-    *("model", "gguf_file", "dtype", "protected", "template", "glosses", "context", "validation", "seed", "smoke"),
-    *("max_new_tokens", "task_tokens"),  # a model from scratch has positions for them
-)
-_DECIDES = {
-    "behaviour": (*_DATA, "behaviour"),
-    "basis": (*_DATA, "behaviour", "layers", "projections", "basis"),
-    "importance": (*_DATA, "behaviour", "layers", "projections", "basis", "importance"),
-}
-_TASK = "task", "language", "task_samples"
-_NEVER = "out", "overwrite", "variants", *(f"{phase}_run" for phase in PHASES[:-1])
-
-
-def deciding(config: WarpConfig, phase: str) -> dict[str, Any]:
-    """The part of the configuration that decides a phase's result, those of earlier phases included."""
-    every = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NEVER}
-    if not learns_first(config):
-        every.pop("behaviour")
-    names = _DECIDES.get(phase, tuple(every))
-    names += _TASK if phase == "importance" and config.importance.task else ()
-    return json.loads(json.dumps({name: every[name] for name in names if name in every}))  # type: ignore[no-any-return]
-
-
-def open_phase(config: WarpConfig, phase: str) -> RunFolder:
-    """The folder of a phase: ``<phase>-seed<seed>-<digest of what decides it>``."""
-    stored = deciding(config, phase)
-    name = f"{phase}-seed{config.seed}-{digest(stored)}"
-    return RunFolder(Path(config.out) / name, stored, config.overwrite, main=keys.main_rank())
-
-
-def find_phase(config: WarpConfig, phase: str) -> RunFolder:
-    """The folder of an earlier phase: the one that is named, or the latest finished one that fits.
-
-    Raises:
-        ArtefactError: there is none; the message says in what the latest one differs.
-    """
-    given: str | None = getattr(config, f"{phase}_run")
-    wanted = deciding(config, phase)
-    if given is not None:
-        found = [Path(given)]
-        if phase not in _results(found[0]):
-            raise ArtefactError(f"{given} holds no finished phase {phase!r}; run it first, or leave --{phase}_run out.")
-    else:
-        done = (path for path in Path(config.out).glob(f"{phase}-*/results.json") if phase in _results(path.parent))
-        found = [path.parent for path in sorted(done, key=lambda path: path.stat().st_mtime, reverse=True)]
-    gaps = []
-    for path in found:
-        stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        stored.pop("gradsurgery", None)
-        gaps.append(_differences(stored, wanted))
-        if not gaps[-1]:
-            return RunFolder(path, stored, main=keys.main_rank())
-    if not gaps:
-        raise ArtefactError(
-            f"there is no finished phase {phase!r} in {config.out}: run `warp.py {phase}` with these options first, or "
-            f"name its folder, --{phase}_run."
-        )
-    raise ArtefactError(
-        f"{found[0]} is the latest phase {phase!r}, and it has {'; '.join(gaps[0][:3])}: repeat it with these options, "
-        f"or give this phase those."
-    )
-
-
-def _results(path: Path) -> dict[str, Any]:
-    if not (path / "config.yaml").is_file() or not (path / "results.json").is_file():
-        return {}
-    found: dict[str, Any] = json.loads((path / "results.json").read_text(encoding="utf-8"))
-    return found
-
-
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """``"basis.samples=50, not 500"`` for every option in which two configurations differ."""
-    out = []
-    for name in {**wanted, **stored}:
-        a, b = stored.get(name), wanted.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out += _differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            out.append(f"{prefix}{name}={a!r}, not {b!r}")
-    return out
 
 
 def starting_point(config: WarpConfig) -> str | Path:
@@ -150,9 +66,8 @@ def behaviour(config: WarpConfig) -> RunFolder:
     """
     if not learns_first(config):
         raise PlanError("with a model of your own phase 0 is left out; --behaviour.wanted true trains it first.")
-    folder = open_phase(config, "behaviour")
-    if "behaviour" in folder.results():
-        return folder
+    if (done := finished(config, "behaviour")) is not None:
+        return done
     options = config.behaviour
     rows = load_rows(config, None if config.model is None else lifting.load_tokenizer(loading(config)))
     if config.model is None:
@@ -161,6 +76,7 @@ def behaviour(config: WarpConfig) -> RunFolder:
         model = build_model(shape, rows.tokenizer, config.seed)
     else:
         model = lifting.load_model(config.model, loading(config))
+    folder = open_phase(config, "behaviour")
     print(f"\nbehaviour: {model.num_parameters():,} parameters, {len(rows.behaviour):,} rows" * folder.main)
     sampler = MixedSampler(rows.behaviour, options.rows, seed=config.seed)
     steps = OrderedRows(rows.behaviour, sampler, options.train.steps)
@@ -176,12 +92,12 @@ def behaviour(config: WarpConfig) -> RunFolder:
 def basis(config: WarpConfig) -> RunFolder:
     """Phase 1: bases of what the chosen layers read, and give out, on the protected rows."""
     _require_one_process("basis")
-    folder = open_phase(config, "basis")
-    if "basis" in folder.results():
-        return folder
+    if (done := finished(config, "basis")) is not None:
+        return done
     options = config.basis
     model, rows = load(config)
     names = weights_of(model, config.layers, config.projections)
+    folder = open_phase(config, "basis")
     taken = dataclasses.asdict(options)
     for name in ("samples", "rows", "outputs", "store"):
         taken.pop(name)
@@ -206,13 +122,13 @@ def importances(config: WarpConfig) -> RunFolder:
     """Phase 2: masks of the coordinates that the protected rows need most, for every ratio."""
     _require_one_process("importance")
     before = find_phase(config, "basis")
-    folder = open_phase(config, "importance")
-    if "importance" in folder.results():
-        return folder
+    if (done := finished(config, "importance")) is not None:
+        return done
     options = config.importance
     model, rows = load(config)
     require_weights(model, before, "basis")
     rotated = Basis.load(before / "input.safetensors", model)
+    folder = open_phase(config, "importance")
     wanted = {"rotated": (rotated, rows.protected, PROTECTED)}
     if options.original:
         wanted["original"] = (identity_basis(model, list(rotated.sites)), rows.protected, PROTECTED)
@@ -242,26 +158,6 @@ def mask_path(folder: RunFolder, label: str, ratio: float) -> Path:
 
 def _batches(rows: ChatRows, category: str, count: int, size: int) -> list[Any]:
     return list(rows.sample(count).batches(category, size))
-
-
-def weights_digest(model: nn.Module) -> str:
-    """16 hex digits of a sample of every parameter: names and shapes alone would not tell one training from another."""
-    out = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(flat.numel() // 4096, 1)].cpu().contiguous()
-        out.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
-    return out.hexdigest()[:16]
-
-
-def require_weights(model: nn.Module, folder: RunFolder, phase: str) -> None:
-    """Raise unless a phase was made with these very weights."""
-    made, here = folder.results()[phase]["weights"], weights_digest(model)
-    if made != here:
-        raise ArtefactError(
-            f"{folder.path} was made from other weights ({made}; the model's are {here}): the model changed since, so "
-            f"run phase {phase!r} again."
-        )
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from torch import nn
 
 import gradsurgery as gs
 from gradsurgery import methods
-from gradsurgery.anatomy.region import Region
 from gradsurgery.data import MixedSampler
 from gradsurgery.errors import ArtefactError
 from gradsurgery.estimators import Basis, Coordinates, Masks, identity_basis
@@ -29,30 +28,36 @@ class Kept:
     basis: RunFolder
     importance: RunFolder
 
+    def require(self, name: str, ratio: float | None) -> None:
+        """Check that a variant has what it takes, before anything is trained.
+
+        Raises:
+            ArtefactError: an earlier phase did not make it; the message says which option does.
+        """
+        ways = {"output": "--basis.outputs true", "task": "--importance.task true"}
+        ways |= {"original": "--importance.original true", "rotated": f"--importance.ratios [{ratio}]"}
+        for label in TAKES.get(name, ()):
+            path = (
+                mask_path(self.importance, label, ratio) if ratio is not None else self.basis / f"{label}.safetensors"
+            )
+            if not path.is_file():
+                raise ArtefactError(f"{name} takes {path}, which is not there: run that phase with {ways[label]}.")
+
     def side(self, side: str, model: nn.Module) -> Basis:
-        path = self.basis / f"{side}.safetensors"
-        if side == "output" and not path.is_file():
-            raise ArtefactError(f"{self.basis.path} has no bases of outputs, which actsvd takes: --basis.outputs true.")
-        return Basis.load(path, model)
+        return Basis.load(self.basis / f"{side}.safetensors", model)
 
     def masks(self, label: str, ratio: float, basis: Basis) -> Masks:
-        path = mask_path(self.importance, label, ratio)
-        if not path.is_file():
-            asked = {"task": "--importance.task true", "original": "--importance.original true"}.get(label, "its ratio")
-            raise ArtefactError(
-                f"{self.importance.path} has no masks {path.name}: run phase 'importance' with {asked}."
-            )
-        return Masks.load(path, basis)
+        return Masks.load(mask_path(self.importance, label, ratio), basis)
+
+
+TAKES = {"mask": ("original",), "warp": ("rotated",), "warp_minus": ("rotated", "task"), "actsvd": ("output",)}
+"""Which files of the earlier phases a variant takes besides the bases of inputs."""
 
 
 def build_method(
     name: str, ratio: float | None, config: WarpConfig, model: nn.Module, kept: Kept
 ) -> tuple[Method, Coordinates | None]:
-    """A variant's method, and the coordinates that it keeps.
-
-    Raises:
-        ArtefactError: an earlier phase lacks what it takes.
-    """
+    """A variant's method, and the coordinates that it keeps."""
     keeps = VARIANTS[name].keeps
     if name == "mixed":
         return methods.mixed(config.mix_weight), None
@@ -60,7 +65,7 @@ def build_method(
         return methods.plain(), None
     basis = kept.side("output" if keeps == "rows" else "input", model)
     if keeps == "others":
-        rest = Region.whole(basis.space) - basis.region
+        rest = basis.rest
         return Method([Pass("linear", under=[gs.mask(rest)])], update=[gs.freeze(rest)]), None
     if keeps == "columns":
         return methods.gpm(basis, config.energy, config.others), Coordinates(basis.top(energy=config.energy))

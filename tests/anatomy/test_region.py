@@ -95,3 +95,13 @@ def test_misfits_are_refused() -> None:
     with pytest.raises(SelectionError, match="no parameter"):
         "layer.gain" in region  # noqa: B015
     assert region != other and region != "layer"
+
+
+@pytest.mark.parametrize("rows", [3, 20_000])
+def test_a_region_without_a_name_has_a_digest(rows: int) -> None:
+    """Also where a dimension has more entries than Python writes decimals; equal regions have equal ones."""
+    space = ParameterSpace.of(nn.Embedding(rows, 2))
+    made = [gs.Region(space, {"weight": Entries.box((rows, 2), {0: range(start, rows, 2)})}) for start in (0, 0, 1)]
+    assert len(made[0].digest) == 8
+    assert made[0].digest == made[1].digest != made[2].digest
+    assert made[0].digest in gs.freeze(made[0]).describe()
