@@ -214,3 +214,5 @@ def main(hosts: str, names: str, seeds: str, directory: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # all is written; gloo's threads abort the interpreter's own exit now and then
