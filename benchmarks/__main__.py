@@ -78,8 +78,8 @@ def measure_keys(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     stepped, raw_steps = compare("Stock step", "step", stock, rows, options)
     names = [name for name in keys.METHODS if re.search(options.only, name)]
     peaks = {name: peak(name, options.device) for name in names}
-    base = peaks.get("stock against itself", 0)
-    lines = [{"step": n, "peak GiB": b / 2**30, "of stock": b / base if base else 0.0} for n, b in peaks.items()]
+    base = (peaks.get("stock against itself") or peak("stock against itself", options.device)) if peaks else 0
+    lines = [{"step": n, "peak GiB": b / 2**30, "of stock": b / base} for n, b in peaks.items()]
     raw = {"swaps": raw_swaps, "steps": raw_steps, "peak_bytes": peaks}
     return "\n\n".join(filter(None, [swapped, stepped, table(lines, "markdown")])), raw
 
@@ -97,8 +97,9 @@ def measure_rotation(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             text, raw[name] = compare(f"Stock step of {tokens} tokens", "step", stock, row, options)
             texts.append(text)
         peaks = {name: peak(name, options.device, "benchmarks.rotation") for name in names}
-        base = peaks.get(f"stock against itself, {tokens} tokens", 0)
-        lines = [{"step": n, "peak GiB": b / 2**30, "of stock": b / base if base else 0.0} for n, b in peaks.items()]
+        itself = f"stock against itself, {tokens} tokens"
+        base = peaks.get(itself) or peak(itself, options.device, "benchmarks.rotation")
+        lines = [{"step": n, "peak GiB": b / 2**30, "of stock": b / base} for n, b in peaks.items()]
         texts.append(table(lines, "markdown"))
         raw[f"peak_bytes, {tokens} tokens"] = peaks
     forward, rows = rotation.covariances(options.device)
