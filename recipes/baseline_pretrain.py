@@ -6,14 +6,12 @@ torchrun --nproc-per-node 8 recipes/baseline_pretrain.py --config recipes/config
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 
 import gradsurgery as gs
 from gradsurgery import evaluation
-from gradsurgery.errors import GradsurgeryError
-from gradsurgery.runs import RunFolder, deciding, digest, keys, pretrain, report, tiers, train
+from gradsurgery.runs import RunFolder, deciding, digest, ending_in_a_sentence, keys, pretrain, report, tiers, train
 
 
 @dataclass
@@ -64,9 +62,5 @@ def main(config: Config) -> RunFolder:
 if __name__ == "__main__":
     import jsonargparse
 
-    try:
+    with ending_in_a_sentence():
         main(jsonargparse.auto_cli(Config, as_positional=False))
-    except GradsurgeryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to resume.")

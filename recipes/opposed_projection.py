@@ -12,7 +12,6 @@ back to the model as it was. What is left of the refusals, what the answers are 
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 from gradsurgery import evaluation
 from gradsurgery.data import MixedSampler
-from gradsurgery.errors import GradsurgeryError, PlanError
+from gradsurgery.errors import PlanError
 from gradsurgery.losses.references.base import Reference
 from gradsurgery.methods import plain
 from gradsurgery.runs import (
@@ -28,6 +27,7 @@ from gradsurgery.runs import (
     build_model,
     deciding,
     digest,
+    ending_in_a_sentence,
     keys,
     lifting,
     lifting_scores,
@@ -190,9 +190,5 @@ def main(config: Config) -> RunFolder:
 if __name__ == "__main__":
     import jsonargparse
 
-    try:
+    with ending_in_a_sentence():
         main(jsonargparse.auto_cli(Config, as_positional=False))
-    except GradsurgeryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to resume.")

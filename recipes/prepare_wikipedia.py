@@ -10,14 +10,12 @@ files; memory stays constant. An index of the topics is kept beside them.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from gradsurgery.data import TopicIndex, prepare_articles, stream_articles
 from gradsurgery.data.articles import ADJACENT, FORGET
-from gradsurgery.errors import GradsurgeryError
 from gradsurgery.evaluation import table
-from gradsurgery.runs import build_tokenizer
+from gradsurgery.runs import build_tokenizer, ending_in_a_sentence
 
 
 def main(
@@ -77,7 +75,5 @@ def topic_index(dump: Path, wiki: str, columns: list[str] | None) -> TopicIndex:
 if __name__ == "__main__":
     import jsonargparse
 
-    try:
+    with ending_in_a_sentence():
         jsonargparse.auto_cli(main, as_positional=False)
-    except GradsurgeryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")

@@ -12,7 +12,6 @@ first where it is not there yet; any stock checkpoint will do, with a key that f
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +21,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradsurgery as gs
 from gradsurgery import evaluation
-from gradsurgery.errors import GradsurgeryError, PlanError
+from gradsurgery.errors import PlanError
 from gradsurgery.evaluation.tiers import tier_curves
 from gradsurgery.files import write_json
-from gradsurgery.runs import RunFolder, deciding, digest, finetune, keys, lora, pretrain, report, tiers, train
+from gradsurgery.runs import (
+    RunFolder,
+    deciding,
+    digest,
+    ending_in_a_sentence,
+    finetune,
+    keys,
+    lora,
+    pretrain,
+    report,
+    tiers,
+    train,
+)
 from gradsurgery.runs.finetune import Start
 from gradsurgery.runs.private import VARIANTS, PrivateConfig
 
@@ -167,9 +178,5 @@ def main(config: Config) -> RunFolder:
 if __name__ == "__main__":
     import jsonargparse
 
-    try:
+    with ending_in_a_sentence():
         main(jsonargparse.auto_cli(Config, as_positional=False))
-    except GradsurgeryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to resume.")

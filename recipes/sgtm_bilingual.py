@@ -10,11 +10,8 @@ forget, ``sgtm`` trains dedicated heads and neurons on them, which are removed a
 
 from __future__ import annotations
 
-import sys
-
 from gradsurgery import data
-from gradsurgery.errors import GradsurgeryError
-from gradsurgery.runs import build_tokenizer
+from gradsurgery.runs import build_tokenizer, ending_in_a_sentence
 from gradsurgery.runs.removal import RemovalConfig
 from gradsurgery.runs.removal_models import build_method, build_model
 from gradsurgery.runs.removal_recipe import run_removal
@@ -56,9 +53,5 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     import jsonargparse
 
-    try:
+    with ending_in_a_sentence():
         main(jsonargparse.auto_cli(Config, as_positional=False))
-    except GradsurgeryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to resume.")

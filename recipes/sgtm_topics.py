@@ -11,15 +11,14 @@ other natural science is adjacent (arXiv 2512.05648, section 5, small). ``--data
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gradsurgery import data
 from gradsurgery.data.topics import ADJACENT, FORGET
-from gradsurgery.errors import DataError, GradsurgeryError
-from gradsurgery.runs import TrainConfig, build_tokenizer
+from gradsurgery.errors import DataError
+from gradsurgery.runs import TrainConfig, build_tokenizer, ending_in_a_sentence
 from gradsurgery.runs.pretrain import small_model
 from gradsurgery.runs.removal import ProtocolConfig, RemovalConfig, SgtmConfig, TextConfig
 from gradsurgery.runs.removal_models import build_method, build_model
@@ -91,9 +90,5 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     import jsonargparse
 
-    try:
+    with ending_in_a_sentence():
         main(jsonargparse.auto_cli(Config, as_positional=False))
-    except GradsurgeryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to resume.")

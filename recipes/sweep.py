@@ -10,9 +10,8 @@ The same command goes on where it was stopped; what is done is not done again.
 from __future__ import annotations
 
 import argparse
-import sys
 
-from gradsurgery.errors import GradsurgeryError
+from gradsurgery.runs import ending_in_a_sentence
 from gradsurgery.runs.sweep import read_sweep, run_sweep
 from gradsurgery.runs.sweep_report import write_sweep_report
 
@@ -32,9 +31,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_in_a_sentence("run the same command again to go on."):
         main()
-    except GradsurgeryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to go on.")

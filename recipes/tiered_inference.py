@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 import gradsurgery as gs
-from gradsurgery.errors import ArtefactError, GradsurgeryError, PlanError
+from gradsurgery.errors import ArtefactError, PlanError
+from gradsurgery.runs import ending_in_a_sentence
 
 
 @dataclass
@@ -123,9 +124,8 @@ def main(config: Config) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     import jsonargparse
 
-    try:
-        main(jsonargparse.auto_cli(Config, as_positional=False))
-    except GradsurgeryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except OSError as error:
-        sys.exit(f"the model cannot be loaded: {str(error).splitlines()[0]}")
+    with ending_in_a_sentence():
+        try:
+            main(jsonargparse.auto_cli(Config, as_positional=False))
+        except OSError as error:
+            sys.exit(f"the model cannot be loaded: {str(error).splitlines()[0]}")

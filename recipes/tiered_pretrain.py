@@ -11,7 +11,6 @@ folder, which never holds more of it than its fingerprint.
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,8 @@ from transformers import PreTrainedModel
 
 import gradsurgery as gs
 from gradsurgery import evaluation
-from gradsurgery.errors import GradsurgeryError, PlanError
-from gradsurgery.runs import RunFolder, deciding, digest, keys, pretrain, report, tiers, train
+from gradsurgery.errors import PlanError
+from gradsurgery.runs import RunFolder, deciding, digest, ending_in_a_sentence, keys, pretrain, report, tiers, train
 
 
 @dataclass
@@ -171,9 +170,5 @@ def main(config: Config) -> Pretrained:
 if __name__ == "__main__":
     import jsonargparse
 
-    try:
+    with ending_in_a_sentence():
         main(jsonargparse.auto_cli(Config, as_positional=False))
-    except GradsurgeryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to resume.")

@@ -22,8 +22,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradsurgery import evaluation
-from gradsurgery.errors import GradsurgeryError, PlanError
-from gradsurgery.runs import RunFolder, keys, lifting, pretrain, report, train, warp_find, warp_phases, warp_scores
+from gradsurgery.errors import PlanError
+from gradsurgery.runs import (
+    RunFolder,
+    ending_in_a_sentence,
+    keys,
+    lifting,
+    pretrain,
+    report,
+    train,
+    warp_find,
+    warp_phases,
+    warp_scores,
+)
 from gradsurgery.runs.warp import PHASES, VARIANTS, WarpConfig, expanded, learns_first, loading
 from gradsurgery.runs.warp_rows import WarpRows
 from gradsurgery.runs.warp_scores import Measures
@@ -164,9 +175,5 @@ def parse(words: Sequence[str]) -> tuple[str, Config]:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_in_a_sentence():
         main(*parse(sys.argv[1:]))
-    except GradsurgeryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to resume.")

@@ -8,10 +8,8 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from gradsurgery.errors import DataError
-from gradsurgery.evaluation.modes import evaluating
+from gradsurgery.evaluation.token_losses import token_losses
 
 
 class Score(TypedDict):
@@ -22,7 +20,6 @@ class Score(TypedDict):
     tokens: int
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     sequences: Mapping[str, Tensor],
@@ -42,25 +39,10 @@ def evaluate(
     Raises:
         DataError: a category holds nothing to predict.
     """
-    if batch_size < 1:
-        raise DataError(f"batch_size={batch_size} is no number of sequences: give 1 or more.")
-    device = device or next(model.parameters()).device
-    with evaluating(model):
-        return {category: _score(model, category, ids, batch_size, device) for category, ids in sequences.items()}
+    found = token_losses(model, sequences, batch_size, device)
+    return {category: _score(losses) for category, losses in found.items()}
 
 
-def _score(model: nn.Module, category: str, sequences: Tensor, batch_size: int, device: torch.device | str) -> Score:
-    if sequences.ndim != 2 or not (sequences[:, 1:] >= 0).any():
-        raise DataError(f"category {category!r} holds nothing to predict: expected token ids [sequences, length >= 2].")
-    total, tokens = 0.0, 0
-    for chunk in torch.split(sequences, batch_size):
-        batch = chunk.to(device).long()
-        real = batch >= 0
-        mask = {} if real.all() else {"attention_mask": real.long()}
-        logits = model(input_ids=batch.clamp(min=0), use_cache=False, **mask).logits[:, :-1].float()
-        targets = batch[:, 1:].masked_fill(~real[:, 1:], -100)
-        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-        total += losses.double().sum().item()
-        tokens += int((targets >= 0).sum())
-    loss = total / tokens
-    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}
+def _score(losses: Tensor) -> Score:
+    loss = losses.double().mean().item()
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": losses.numel()}
