@@ -1,7 +1,7 @@
 """Runs of experiments: a folder that resumes, training into it, metrics as JSON lines; what recipes share."""
 
 from gradsurgery.runs.config import TrainConfig
-from gradsurgery.runs.ending import ending_in_a_sentence
+from gradsurgery.runs.ending import ending_in_a_sentence, leave_group
 from gradsurgery.runs.folder import RunFolder
 from gradsurgery.runs.setup import ModelConfig, build_model, build_tokenizer, deciding, digest
 from gradsurgery.runs.steps import OrderedRows, OrderedStreams, Steps
@@ -19,5 +19,6 @@ __all__ = [
     "deciding",
     "digest",
     "ending_in_a_sentence",
+    "leave_group",
     "train",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import gradsurgery as gs
 from gradsurgery.anatomy.store import describe
 from tests.anatomy.test_wrappers import IDS, Custom
+from tests.ranks import joined
 from tests.zoo.builder import build
 
 LARGE = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1024, "num_hidden_layers": 3}
@@ -40,9 +40,6 @@ def same_everywhere(anatomy: gs.Anatomy) -> bool:
 
 
 def main(directory: Path) -> None:
-    torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{directory / 'store'}", world_size=ranks, rank=rank)
     found = {}
     config = transformers.CONFIG_MAPPING["llama"](**LARGE, num_key_value_heads=4, vocab_size=900)
     cases: dict[str, tuple[nn.Module, Any]] = {name: (build(name), None) for name in ("llama", "gpt2", "mixtral")}
@@ -64,12 +61,14 @@ def main(directory: Path) -> None:
     gs.ablate_(shards, gs.dissect(shards).neurons[:, [0, 3]])
     full = {name: p.full_tensor() for name, p in shards.named_parameters()}  # type: ignore[attr-defined]
     found["units found in shards"] = all(torch.equal(p, full[name]) for name, p in model.named_parameters())
-    anatomy.save(directory / f"anatomy{rank}.json")
-    found["made before, loaded after"] = gs.Anatomy.load(directory / f"anatomy{rank}.json", shards) == anatomy
-    if rank == 0:
+    anatomy.save(directory / f"anatomy{dist.get_rank()}.json")
+    found["made before, loaded after"] = (
+        gs.Anatomy.load(directory / f"anatomy{dist.get_rank()}.json", shards) == anatomy
+    )
+    if dist.get_rank() == 0:
         (directory / "result.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-1]))
+    with joined(sys.argv[-1]):
+        main(Path(sys.argv[-1]))

@@ -7,7 +7,6 @@ writes ``result.json``.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from gradsurgery.surgery.slots import Slots
 from gradsurgery.tensors import local_of
 from gradsurgery.transforms.stages import StepContext
 from tests.engines.ranks import full, host_of
+from tests.ranks import joined
 from tests.surgery.tiny import anatomy, batch, build, cut, gap
 from tests.transforms.vectors import SHAPES, Holder, draw
 
@@ -197,22 +197,14 @@ def examine_nan() -> str:
 
 
 def main(hosts: str, names: str, seeds: str, directory: str) -> None:
-    torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.FileStore(os.path.join(directory, "store"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    try:
-        chosen = [name for name in names.split(",") if name]
-        results: dict[str, Any] = {host: examine_host(host, chosen) for host in hosts.split(",") if host}
-        results["placements"] = examine_placements(int(seeds))
-        results["nan"] = examine_nan()
-    finally:
-        dist.destroy_process_group()
-    if rank == 0:
+    chosen = [name for name in names.split(",") if name]
+    results: dict[str, Any] = {host: examine_host(host, chosen) for host in hosts.split(",") if host}
+    results["placements"] = examine_placements(int(seeds))
+    results["nan"] = examine_nan()
+    if dist.get_rank() == 0:
         Path(directory, "result.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(0)  # all is written; gloo's threads abort the interpreter's own exit now and then
+    with joined(sys.argv[-1]):
+        main(*sys.argv[1:])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import gradsurgery as gs
+from tests.ranks import joined
 from tests.surgery.tiny import batch, build, cut, gap, sgtm
 
 ROWS, STEPS = 8, 3
@@ -36,8 +36,7 @@ def host_of(model: Any, host: str) -> Any:
     if host == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if host == "fsdp2":
-        blocks = getattr(getattr(model, "model", None), "layers", None) or model.transformer.h
-        for block in blocks:
+        for block in next(m for m in model.modules() if isinstance(m, nn.ModuleList)):
             fully_shard(block)
         fully_shard(model)
     return model
@@ -123,41 +122,33 @@ def slots(passes: list[gs.Pass], host: str, micro: int = 2) -> dict[str, Tensor]
 
 
 def main(host: str, directory: str) -> None:
-    torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.FileStore(os.path.join(directory, "store"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     results: dict[str, Any] = {}
-    try:
-        for kind in ("llama", "gpt_neo"):
-            stock = gap(train(kind, None, host)[0], train(kind, None, "one")[0])
-            results[f"{kind}/stock"] = {"gap": stock}
-            for strategy in ("mask", "detach", "zero"):
-                method = sgtm(kind, strategy)
-                one, alone = train(kind, method, "one")
-                many, shared = train(kind, method, host)
-                norms = [alone["grad_norm"], shared["grad_norm"]]
-                results[f"{kind}/{strategy}"] = {
-                    "gap": gap(many, one),
-                    "norms": norms,
-                    "moved": gap(one, full(build(kind))),
-                }
-            results[f"{kind}/micro"] = {"gap": gap(train(kind, method, host, micro=2)[0], one)}
-            scaled = gs.region(build(kind), "*norm*" if kind == "llama" else "*ln_*")
-            (p,) = method.passes
-            method = gs.Method(
-                [gs.Pass("p", under=[*p.under, gs.scale(scaled, -0.75)])], method.gradient, method.update
-            )
-            one = train(kind, method, "one")[0]
-            results[f"{kind}/checkpointing"] = {"gap": gap(train(kind, method, host, checkpointing=True)[0], one)}
-            results[f"{kind}/first"] = {"gap": gap(train(kind, method, host, first=True)[0], one)}
-        for name, passes in SLOTS.items():
-            results[f"slots/{name}"] = {"gap": gap(slots(passes, host), slots(passes, "one"))}
-    finally:
-        dist.destroy_process_group()
-    if rank == 0:
+    for kind in ("llama", "gpt_neo"):
+        stock = gap(train(kind, None, host)[0], train(kind, None, "one")[0])
+        results[f"{kind}/stock"] = {"gap": stock}
+        for strategy in ("mask", "detach", "zero"):
+            method = sgtm(kind, strategy)
+            one, alone = train(kind, method, "one")
+            many, shared = train(kind, method, host)
+            norms = [alone["grad_norm"], shared["grad_norm"]]
+            results[f"{kind}/{strategy}"] = {
+                "gap": gap(many, one),
+                "norms": norms,
+                "moved": gap(one, full(build(kind))),
+            }
+        results[f"{kind}/micro"] = {"gap": gap(train(kind, method, host, micro=2)[0], one)}
+        scaled = gs.region(build(kind), "*norm*" if kind == "llama" else "*ln_*")
+        (p,) = method.passes
+        method = gs.Method([gs.Pass("p", under=[*p.under, gs.scale(scaled, -0.75)])], method.gradient, method.update)
+        one = train(kind, method, "one")[0]
+        results[f"{kind}/checkpointing"] = {"gap": gap(train(kind, method, host, checkpointing=True)[0], one)}
+        results[f"{kind}/first"] = {"gap": gap(train(kind, method, host, first=True)[0], one)}
+    for name, passes in SLOTS.items():
+        results[f"slots/{name}"] = {"gap": gap(slots(passes, host), slots(passes, "one"))}
+    if dist.get_rank() == 0:
         Path(directory, "result.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    with joined(sys.argv[-1]):
+        main(sys.argv[1], sys.argv[2])

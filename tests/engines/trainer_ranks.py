@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 import gradsurgery as gs
 from gradsurgery.surgery import SurgeryTrainer
+from tests.ranks import joined
 from tests.surgery.tiny import batch, build, cut, gap, sgtm, weights
 
 ROWS, STEPS = 16, 2
@@ -43,11 +44,8 @@ class InOrder(SurgeryTrainer):
 
 
 def main(directory: str) -> None:
-    torch.set_num_threads(1)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    store = dist.FileStore(os.path.join(directory, "store"), int(os.environ["WORLD_SIZE"]))
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
+    rank = dist.get_rank()
     one, many = build(), build()
     losses, norms = alone(one)
     args = TrainingArguments(
@@ -79,8 +77,8 @@ def main(directory: str) -> None:
         }
         Path(directory, "result.json").write_text(json.dumps(result))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with joined(sys.argv[-1]):
+        main(sys.argv[1])

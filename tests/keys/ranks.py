@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -22,6 +21,7 @@ from gradsurgery.errors import KeyStateError, PlanError
 from tests.engines.ranks import full, host_of
 from tests.keys.cases import slow_
 from tests.keys.tiers import double, key_of, slots_in
+from tests.ranks import joined
 from tests.surgery.tiny import anatomy, batch, cut, gap
 
 ROWS, STEPS = 8, 3
@@ -156,30 +156,24 @@ def unreduced(kind: str) -> str:
 
 def main(host: str, kind: str, directory: str) -> None:
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.FileStore(os.path.join(directory, "store"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     results: dict[str, Any] = {}
-    try:
-        results["swap"] = there_and_back(kind, host)
-        results["gathered"] = gathered(kind, host)
-        one = {name: train(name, kind, "one") for name in ("plain", "C1", "C2", "finetune")}
-        results["stock"] = gap(train("plain", kind, host), one["plain"])
-        for name in ("C1", "C2", "finetune"):
-            results[f"{name}"] = gap(train(name, kind, host), one[name])
-            results[f"{name} in parts"] = gap(train(name, kind, host, micro=2), one[name])
-        adamw = [train(name, kind, host, optimizer="adamw") for name in ("C1", "C2")]
-        if host == "fsdp2":
-            results["unreduced"] = unreduced(kind)
-        else:
-            results["C1 in views"] = gap(train("C1", kind, "ddp views"), one["C1"])
-        results["both ways to step"] = gap(*adamw)
-    finally:
-        dist.destroy_process_group()
-    if rank == 0:
+    results["swap"] = there_and_back(kind, host)
+    results["gathered"] = gathered(kind, host)
+    one = {name: train(name, kind, "one") for name in ("plain", "C1", "C2", "finetune")}
+    results["stock"] = gap(train("plain", kind, host), one["plain"])
+    for name in ("C1", "C2", "finetune"):
+        results[f"{name}"] = gap(train(name, kind, host), one[name])
+        results[f"{name} in parts"] = gap(train(name, kind, host, micro=2), one[name])
+    adamw = [train(name, kind, host, optimizer="adamw") for name in ("C1", "C2")]
+    if host == "fsdp2":
+        results["unreduced"] = unreduced(kind)
+    else:
+        results["C1 in views"] = gap(train("C1", kind, "ddp views"), one["C1"])
+    results["both ways to step"] = gap(*adamw)
+    if dist.get_rank() == 0:
         Path(directory, "result.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3])
+    with joined(sys.argv[-1]):
+        main(sys.argv[1], sys.argv[2], sys.argv[3])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch.distributed.tensor import distribute_tensor
 import gradsurgery as gs
 from tests.losses.models import build, inputs, logits, same
 from tests.losses.test_snapshot import only, regions
+from tests.ranks import joined
 
 
 def sharded(model: nn.Module, reshard: bool) -> nn.Module:
@@ -57,17 +57,14 @@ def agrees(kind: str, name: str, reshard: bool) -> dict[str, bool]:
 
 
 def main(directory: Path) -> None:
-    torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{directory / 'store'}", world_size=ranks, rank=rank)
     found = {}
     for kind, name, reshard in [("llama", "units", True), ("llama", "everything", False), ("gpt2", "units", False)]:
         for what, holds in agrees(kind, name, reshard).items():
             found[f"{kind}/{name}/{reshard}/{what}"] = holds
-    if rank == 0:
+    if dist.get_rank() == 0:
         (directory / "result.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with joined(sys.argv[-1]):
+        main(Path(sys.argv[1]))

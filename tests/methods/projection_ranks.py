@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +21,7 @@ import gradsurgery as gs
 from gradsurgery.estimators import GradientMemory
 from tests.methods.hand import Batch, batch, build
 from tests.methods.test_projection_methods import CASES, OPTIMIZERS, STEPS, window
+from tests.ranks import joined
 
 DRAWS: dict[str, dict[str, Any]] = {
     "opposed": {"remove": "both", "scope": "tensor", "at": "gradient", "padding": False, "rows": "forget"},
@@ -79,9 +78,7 @@ def memories(host: str, directory: Path) -> float:
 
 
 def main(host: str, directory: Path) -> None:
-    torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{directory / 'store'}", world_size=ranks, rank=rank)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     results = {"memory": memories(host, directory)}
     for name in DRAWS:
         start = build("gpt2" if host == "ddp" else "stablelm")
@@ -92,8 +89,8 @@ def main(host: str, directory: Path) -> None:
         results[name] = max(float((mine[n] - theirs[n]).abs().max()) for n in theirs)
     if rank == 0:
         (directory / "result.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    with joined(sys.argv[-1]):
+        main(sys.argv[1], Path(sys.argv[2]))

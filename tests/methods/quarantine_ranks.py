@@ -6,7 +6,6 @@ One rank has no flagged row in the first batch, the other has nothing but flagge
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 import gradsurgery as gs
 from gradsurgery.adapters import Quantile, Score
 from tests.adapters.tiny import adapted, batch, clear, gap, grads, rows_of, size
+from tests.ranks import joined
 
 FLAGS = [[0, 0, 0, 1, 0, 1], [1, 1, 1, 0, 1, 0]]
 
@@ -54,21 +54,15 @@ def host_of(model: Any, host: str) -> Any:
 
 
 def main(name: str, host: str, directory: str) -> None:
-    torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.FileStore(os.path.join(directory, "store"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    rank = dist.get_rank()
     results: dict[str, Any] = {}
-    try:
-        for mode in ("route", "absorb"):
-            for by_score in (False, True):
-                for step in range(2):
-                    many = gradients(name, mode, by_score, step, host)
-                    dist.barrier()
-                    one = alone(lambda: gradients(name, mode, by_score, step, "one"))  # noqa: B023
-                    results[f"{mode}/{by_score}/{step}"] = {"gap": gap(many, one), "size": size(one)}
-    finally:
-        dist.destroy_process_group()
+    for mode in ("route", "absorb"):
+        for by_score in (False, True):
+            for step in range(2):
+                many = gradients(name, mode, by_score, step, host)
+                dist.barrier()
+                one = alone(lambda: gradients(name, mode, by_score, step, "one"))  # noqa: B023
+                results[f"{mode}/{by_score}/{step}"] = {"gap": gap(many, one), "size": size(one)}
     if rank == 0:
         Path(directory, "result.json").write_text(json.dumps(results))
 
@@ -85,4 +79,5 @@ def alone(call: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3])
+    with joined(sys.argv[-1]):
+        main(sys.argv[1], sys.argv[2], sys.argv[3])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import gradsurgery as gs
+from tests.ranks import joined
 from tests.surgery.tiny import batch, build
 
 TRAINED = "model.layers.0.mlp.down_proj.weight"
@@ -46,15 +46,10 @@ def gradient(host: str, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def main(host: str, directory: str) -> None:
-    torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.FileStore(os.path.join(directory, "store"), ranks)
     one = gradient("one", 3)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    try:
+    with joined(directory):
         many = gradient(host, 3)
-    finally:
-        dist.destroy_process_group()
+        rank = dist.get_rank()
     if rank == 0:
         gaps = [float((a - b).abs().max()) for a, b in zip(one, many, strict=True)]
         Path(directory, "result.json").write_text(json.dumps({"gaps": gaps, "size": float(one[0].abs().max())}))

@@ -6,7 +6,6 @@ Started as ``python -m tests.tensors.ranks <directory>``, once a rank; rank 0 wr
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from gradsurgery.errors import PlanError
 from gradsurgery.tensors import Exchange, Lines, LineSwap, sharded
+from tests.ranks import joined
 from tests.tensors.draws import raw, slow_, values
 
 Case = tuple[dict[str, tuple[int, ...]], list[LineSwap]]
@@ -83,39 +83,33 @@ def examine(case: Case, placements: dict[str, Any], dtype: torch.dtype, mesh: An
 
 
 def main(directory: str) -> None:
-    torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(os.path.join(directory, "store"), ranks), rank=rank, world_size=ranks
-    )
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     results: dict[str, str] = {}
-    try:
-        mesh = init_device_mesh("cpu", (ranks,))
-        for name, case in cases().items():
-            dims = len(next(iter(case[0].values())))
-            for dim in [None, *range(dims)]:
-                placement = Replicate() if dim is None else Shard(dim)
-                for dtype in (torch.float32, torch.bfloat16):
-                    key = f"{name}, {placement}, {dtype}"
-                    results[key] = examine(case, dict.fromkeys(case[0], placement), dtype, mesh)
-        plain = sharded.exchange_shards
-        try:  # a few bytes at a time
-            import gradsurgery.tensors.exchange as module
+    mesh = init_device_mesh("cpu", (ranks,))
+    for name, case in cases().items():
+        dims = len(next(iter(case[0].values())))
+        for dim in [None, *range(dims)]:
+            placement = Replicate() if dim is None else Shard(dim)
+            for dtype in (torch.float32, torch.bfloat16):
+                key = f"{name}, {placement}, {dtype}"
+                results[key] = examine(case, dict.fromkeys(case[0], placement), dtype, mesh)
+    plain = sharded.exchange_shards
+    try:  # a few bytes at a time
+        import gradsurgery.tensors.exchange as module
 
-            module.exchange_shards = lambda given, group, chunk: plain(given, group, 24)  # type: ignore[assignment]
-            for name in ("rows 5x7", "columns 5x7", "whole experts"):
-                results[f"{name}, in parts"] = examine(
-                    cases()[name], dict.fromkeys(cases()[name][0], Shard(0)), torch.float32, mesh
-                )
-        finally:
-            module.exchange_shards = plain
-        mixed: dict[str, Any] = {"a": Shard(0), "b": Shard(1), "c": Shard(0)}
-        results["mixed"] = examine(cases()["rows 8x6"], mixed, torch.float32, mesh)
+        module.exchange_shards = lambda given, group, chunk: plain(given, group, 24)  # type: ignore[assignment]
+        for name in ("rows 5x7", "columns 5x7", "whole experts"):
+            results[f"{name}, in parts"] = examine(
+                cases()[name], dict.fromkeys(cases()[name][0], Shard(0)), torch.float32, mesh
+            )
     finally:
-        dist.destroy_process_group()
+        module.exchange_shards = plain
+    mixed: dict[str, Any] = {"a": Shard(0), "b": Shard(1), "c": Shard(0)}
+    results["mixed"] = examine(cases()["rows 8x6"], mixed, torch.float32, mesh)
     if rank == 0:
         Path(directory, "result.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with joined(sys.argv[-1]):
+        main(sys.argv[1])

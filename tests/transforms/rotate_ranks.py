@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import gradsurgery as gs
 from gradsurgery.anatomy.discovery.inputs import dummy_inputs
 from gradsurgery.surgery.method import Method
 from tests.engines.ranks import full
+from tests.ranks import joined
 from tests.zoo.builder import build
 
 
@@ -61,9 +61,7 @@ def summed(model: Any, batch: Any, rank: int) -> float:
 
 
 def main(directory: Path) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{directory / 'store'}", world_size=2, rank=rank)
+    rank = dist.get_rank()
     found = {}
     for name, kinds in {
         "llama": ("column", "entry"),
@@ -86,8 +84,8 @@ def main(directory: Path) -> None:
             }
     if rank == 0:
         (directory / "result.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-1]))
+    with joined(sys.argv[-1]):
+        main(Path(sys.argv[-1]))
