@@ -34,12 +34,20 @@ from gradsurgery.version import __version__
 if TYPE_CHECKING:
     from gradsurgery import data as data
     from gradsurgery import evaluation as evaluation
+    from gradsurgery import hub as hub
+    from gradsurgery.checkpoints import latest_checkpoint as latest_checkpoint
+    from gradsurgery.checkpoints import load_checkpoint as load_checkpoint
+    from gradsurgery.checkpoints import save_checkpoint as save_checkpoint
     from gradsurgery.surgery.callback import SurgeryCallback as SurgeryCallback
     from gradsurgery.surgery.trainer import SurgeryTrainer as SurgeryTrainer
 
 _LATE = {  # they need the extra "recipes", or are slow to import
     "data": "gradsurgery.data",
     "evaluation": "gradsurgery.evaluation",
+    "hub": "gradsurgery.hub",
+    "latest_checkpoint": "gradsurgery.checkpoints",
+    "load_checkpoint": "gradsurgery.checkpoints",
+    "save_checkpoint": "gradsurgery.checkpoints",
     "SurgeryCallback": "gradsurgery.surgery.callback",
     "SurgeryTrainer": "gradsurgery.surgery.trainer",
 }

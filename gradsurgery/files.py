@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,29 @@ def atomic_path(path: Path, mode: int | None = None) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, private: bool = False) -> Iterator[Path]:
+    """A folder beside ``path`` that becomes it when the block ends without an exception, else disappears.
+
+    Args:
+        path: The folder: not there yet, or empty.
+        private: For its owner alone; by default what ``mkdir`` would give.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        yield beside
+        for part in beside.rglob("*"):
+            if part.is_file():
+                with open(part, "rb") as written:
+                    os.fsync(written.fileno())
+        if not private:  # mkdtemp gives 0700
+            beside.chmod(0o777 & ~_umask())
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _umask() -> int:

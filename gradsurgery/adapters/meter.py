@@ -16,11 +16,8 @@ from gradsurgery.transforms.stages import StepContext, UpdateTransform
 
 
 @dataclass(frozen=True, eq=False)
-class Meter(UpdateTransform):
-    """``quarantine/energy = |g_q| / (|g_k| + |g_q|)``, with ``quarantine/capacity``, the ratio of the parts' sizes.
-
-    An energy far above ``capacity / (1 + capacity)`` says that the quarantine learns what was not flagged.
-    """
+class Figures(UpdateTransform):
+    """Carries what routing and losses left among an adapter's figures into the metrics."""
 
     adapter: Handle
     traits = Traits()
@@ -29,12 +26,28 @@ class Meter(UpdateTransform):
         return (self.adapter.kept, self.adapter.quarantine)
 
     def prepare(self, context: StepContext, state: dict[str, Any]) -> None:
+        for stale in [n for n in context.metrics if n.startswith("quarantine/") and n not in self.adapter.figures]:
+            del context.metrics[stale]  # such as those of kinds of rows that this step had none of
+        context.metrics.update(self.adapter.figures)
+
+    def describe(self) -> str:
+        return "figures of the quarantine"
+
+
+@dataclass(frozen=True, eq=False)
+class Meter(Figures):
+    """``quarantine/energy = |g_q| / (|g_k| + |g_q|)``, with ``quarantine/capacity``, the ratio of the parts' sizes.
+
+    An energy far above ``capacity / (1 + capacity)`` says that the quarantine learns what was not flagged.
+    """
+
+    def prepare(self, context: StepContext, state: dict[str, Any]) -> None:
+        super().prepare(context, state)
         assert context.model is not None
         kept, quarantined = (region_norm(context.model, region) for region in self.regions())
         total = kept + quarantined
         context.metrics["quarantine/energy"] = quarantined / total.clamp(min=1e-30)
         context.metrics["quarantine/capacity"] = self.adapter.quarantine.numel() / self.adapter.kept.numel()
-        context.metrics.update(self.adapter.figures)
 
     def describe(self) -> str:
         return "energy of the quarantine"

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradsurgery.tensors import replicated
+
 Probe = Callable[[Tensor], Tensor]
 """A function of a bottleneck ``[…, r]``: a perturbation of it that is zero and has the gradients by example."""
 
@@ -56,7 +58,7 @@ class LowRank(nn.Module):
     def toward(self, gains_R: Tensor) -> dict[str, Tensor]:
         """By own parameter, the step that multiplies the bottleneck's coordinates by ``1 + gains``."""
         down, up = (self.down0 + self.down.weight).detach(), (self.up0 + self.up.weight).detach()
-        gains_R = gains_R.to(down)
+        gains_R = replicated(gains_R, down)
         return {"down.weight": gains_R[:, None] * down, "up.weight": up * gains_R}
 
     def kill_(self) -> None:
@@ -92,7 +94,7 @@ class Diagonal(nn.Module):
         return z * self.gains()
 
     def toward(self, gains_R: Tensor) -> dict[str, Tensor]:
-        gains_R = gains_R.to(self.weight)
+        gains_R = replicated(gains_R, self.weight.detach())
         return {"weight": gains_R if self.axes is None else self.axes.detach() @ gains_R}
 
     def kill_(self) -> None:
@@ -170,6 +172,7 @@ Part = LowRankPart | CoordinatePart
 
 
 def frozen(value: Tensor) -> nn.Parameter:
+    """A tensor that moves and is saved with its module, and never trains."""
     return nn.Parameter(value, requires_grad=False)
 
 

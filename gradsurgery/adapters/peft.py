@@ -14,6 +14,7 @@ from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.select import region
 from gradsurgery.anatomy.space import ParameterSpace, own_class, unwrap
 from gradsurgery.errors import PlanError
+from gradsurgery.tensors import replicated
 
 
 class PeftAdapter(Handle):
@@ -83,7 +84,7 @@ class PeftAdapter(Handle):
     def toward(self, layer: str, gains_R: Tensor) -> dict[str, Tensor]:
         own, kept = self.layers[layer], self.names["kept"]
         down, up = own.lora_A[kept].weight.detach(), own.lora_B[kept].weight.detach()
-        gains_R = gains_R.to(down)
+        gains_R = replicated(gains_R, down)
         return {
             f"{layer}.lora_A.{kept}.weight": gains_R[:, None] * down,
             f"{layer}.lora_B.{kept}.weight": up * gains_R,

@@ -115,14 +115,18 @@ class Decision:
 
     Attributes:
         scored: Flags by score, ``[batch]`` or ``[batch, token]``; ``None`` until `decide` has run.
+        cosines: What they were made of, of the same shape.
         scoring: Whether the forward under way is there for the score.
         reading: Whether the backward under way is.
         given: The flags and the clean rows, where they are known by themselves.
+        told: What metrics say of the flags, where ``given`` no longer holds them all.
     """
 
     def __init__(self, route: Route, run: Run, given: tuple[Tensor, Tensor] | None = None) -> None:
         self.route, self.run, self.given = route, run, given
         self.scored: Tensor | None = None
+        self.cosines: Tensor | None = None
+        self.told: Tensor | None = None
         self.scoring = route.score is not None and given is None
         self.reading = False
         self.probes: Probes | None = None
@@ -188,9 +192,10 @@ class Decision:
             features = self.probes.gradients(loss, list(score.direction.axes), keep_graph)
         finally:
             self.reading = False
-        flags, figures = score.flags(features, batch)
+        flags, cosines, figures = score.judge(features, batch)
         assert self.probes.shape is not None
-        self.scored = flags.reshape(self.probes.shape) if score.grain == "token" else flags
+        shape = self.probes.shape if score.grain == "token" else flags.shape
+        self.scored, self.cosines = flags.reshape(shape), cosines.reshape(shape)
         self.scoring = False
         self.probes.leaves.clear()
         own = self.route.adapter.figures
@@ -200,5 +205,6 @@ class Decision:
 
 
 def check_direction(adapter: Handle, score: Score) -> None:
+    """Raise an ``ArtefactError`` unless the score's direction speaks of the adapter's coordinates."""
     direction = score.direction
     adapter.require_direction(direction.fingerprint, direction.coordinates, "quarantine: the score's direction")

@@ -126,6 +126,11 @@ class Score:
 
     def flags(self, features_NR: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Bool by row of the features, and what was measured; remembers the features."""
+        flagged, _, figures = self.judge(features_NR, batch)
+        return flagged, figures
+
+    def judge(self, features_NR: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """As `flags`, with the cosine of every row beside its flag."""
         groups = None
         if self.by == "rollout":
             groups = self._groups(features_NR, batch)
@@ -141,7 +146,9 @@ class Score:
             threshold = float(self.threshold)
         flagged = (scores > threshold) & live
         figures = {"threshold": threshold, "score": float(scores[live].mean()) if bool(live.any()) else 0.0}
-        return (flagged if groups is None else flagged[groups]), figures
+        if groups is not None:
+            flagged, scores = flagged[groups], scores[groups]
+        return flagged, scores, figures
 
     def _groups(self, features_NR: Tensor, batch: Mapping[str, Any]) -> Tensor:
         numbers = batch.get(self.rollout)

@@ -23,6 +23,8 @@ class Scored:
     hold more than logits.
     """
 
+    backwards = 2  # through one forward: for the score, and for the gradient
+
     def __init__(self, loss: Any, route: Route) -> None:
         self.loss, self.route = loss, route
         self.columns = (*getattr(loss, "columns", ()), *((route.score.rollout,) if route.score is not None else ()))
@@ -52,6 +54,7 @@ class Scored:
     def _mixed(self, logits_BTV: Tensor, inputs: Mapping[str, Any], decision: Decision) -> Tensor:
         """The logits of the first forward, and of a second one for the examples that the quarantine takes part in."""
         flagged_BT, clean_BT = (found.to(logits_BTV.device) for found in decision.gates(tuple(logits_BTV.shape[:2])))
+        decision.told = flagged_BT
         again_B = (flagged_BT | ~clean_BT).any(1)
         index = again_B.nonzero().flatten()
         chosen = (
@@ -81,4 +84,5 @@ def has_only_logits(outputs: Any) -> bool:
 
 
 def checkpointed(host: nn.Module) -> bool:
+    """Whether a module of the host drops its activations and computes them again in the backward."""
     return any(getattr(module, "gradient_checkpointing", False) and module.training for module in host.modules())

@@ -14,11 +14,11 @@ from gradsurgery.errors import PlanError, SelectionError
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that owns the parameter names: without DDP and ``torch.compile`` around it."""
+    """The module that owns the parameter names: without DDP, Fabric and ``torch.compile`` around it."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
-            is_wrapper = type(model).__name__ in ("DistributedDataParallel", "DataParallel")
+            is_wrapper = type(model).__name__ in ("DistributedDataParallel", "DataParallel", "_FabricModule")
             inner = model.module if is_wrapper else None  # type: ignore[assignment]
         if not isinstance(inner, nn.Module):
             return model

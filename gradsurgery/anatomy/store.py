@@ -15,12 +15,12 @@ from gradsurgery.anatomy.quantised import Quantised
 from gradsurgery.anatomy.space import ParameterSpace
 from gradsurgery.errors import ArtefactError
 from gradsurgery.files import read_json, write_json
-from gradsurgery.version import __version__
+from gradsurgery.formats import stamp, upgraded
 
 if TYPE_CHECKING:
     from gradsurgery.anatomy.anatomy import Anatomy
 
-FORMAT = 1
+KIND, AGAIN = "an anatomy", "dissect the model again and save it"
 
 
 def describe(anatomy: Anatomy) -> dict[str, Any]:
@@ -71,16 +71,16 @@ def _unpack(packed: dict[str, Any] | list[list[int]]) -> np.ndarray:
 
 
 def save_anatomy(anatomy: Anatomy, path: Path) -> None:
-    header = {"format": FORMAT, "gradsurgery": __version__, "seconds": anatomy.seconds}
+    header = {**stamp(KIND), "seconds": anatomy.seconds}
     stored = {name: asdict(how) for name, how in anatomy.quantised.items()}
     write_json(path, {**header, **describe(anatomy), **({"quantised": stored} if stored else {})})
 
 
 def load_anatomy(path: Path, model: object = None) -> tuple[ParameterSpace, list[UnitGroup], dict[str, str], float]:
     """The parts of a stored anatomy; ``model`` (a module or ``None``) must be the one it was made for."""
-    data = read_json(path, "an anatomy")
-    if not isinstance(data, dict) or data.get("format") != FORMAT or "groups" not in data:
-        raise ArtefactError(f"{path} is no anatomy of format {FORMAT}. Dissect the model again and save it.")
+    data = upgraded(read_json(path, KIND), KIND, path, AGAIN)
+    if "groups" not in data:
+        raise ArtefactError(f"{path} is no anatomy: it has no groups; {AGAIN}.")
     try:
         shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
         space = ParameterSpace(data["model"], shapes, data["aliases"], data["layout"], _quantised(data))

@@ -16,9 +16,8 @@ from gradsurgery.errors import ArtefactError
 from gradsurgery.estimators.basis import Basis, Site, dtype_of
 from gradsurgery.estimators.matrices import Layout
 from gradsurgery.files import atomic_path
-from gradsurgery.version import __version__
+from gradsurgery.formats import stamp, upgraded
 
-FORMAT = 1
 _HEADER = "gradsurgery"
 
 
@@ -29,7 +28,7 @@ def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], manifest: 
         ArtefactError: the disk is full or the path cannot be written.
     """
     path = Path(path)
-    header = {"format": FORMAT, "gradsurgery": __version__, "kind": kind, **manifest}
+    header = {**stamp(kind), "kind": kind, **manifest}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with atomic_path(path) as beside:
@@ -48,10 +47,10 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
         raise ArtefactError(f"{path} does not exist; expected {kind} there.") from None
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ArtefactError(f"{path} is truncated or no safetensors file ({error}); expected {kind} there.") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("kind") != kind:
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         have = manifest.get("kind", "another file") if isinstance(manifest, dict) else "no artefact of gradsurgery"
-        raise ArtefactError(f"{path} holds {have}; expected {kind} of format {FORMAT}.")
-    return manifest
+        raise ArtefactError(f"{path} holds {have}; expected {kind}.")
+    return upgraded(manifest, kind, path)
 
 
 def read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

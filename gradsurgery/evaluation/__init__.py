@@ -1,6 +1,7 @@
 """Figures of merit, and how to show them: losses, gradient norms, FLOPs, tables, plots, the report."""
 
 from gradsurgery.evaluation.arithmetic import ExactMatch, exact_match, final_number, first_line
+from gradsurgery.evaluation.by_kind import mean_by_kind, mean_log_probability, token_log_probabilities
 from gradsurgery.evaluation.calibration import Calibration, calibrate
 from gradsurgery.evaluation.detector import DetectorRates
 from gradsurgery.evaluation.flops import Throughput, model_flops, training_flops
@@ -24,7 +25,7 @@ from gradsurgery.evaluation.report import write_report
 from gradsurgery.evaluation.responses import ResponseScore, score_responses
 from gradsurgery.evaluation.tables import table
 from gradsurgery.evaluation.token_losses import density, token_losses
-from gradsurgery.evaluation.trade_off import TradeOff, retain_at, retain_gap, trade_off
+from gradsurgery.evaluation.trade_off import TradeOff, forget_gap, retain_at, retain_gap, trade_off
 
 __all__ = [
     "Calibration",
@@ -52,10 +53,13 @@ __all__ = [
     "final_number",
     "first_line",
     "fit_scaling_curve",
+    "forget_gap",
     "grad_norm_plot",
     "heat_map",
     "leakage",
     "loss_bars",
+    "mean_by_kind",
+    "mean_log_probability",
     "model_flops",
     "penalty_bars",
     "refusal_rate",
@@ -67,6 +71,7 @@ __all__ = [
     "score_responses",
     "sweep_plot",
     "table",
+    "token_log_probabilities",
     "token_losses",
     "trade_off",
     "trade_off_plot",

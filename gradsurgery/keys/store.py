@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from gradsurgery.errors import ArtefactError, KeyWarning
 from gradsurgery.files import atomic_path, read_json
+from gradsurgery.formats import stamp, upgraded
 from gradsurgery.keys.lists import LISTS
-from gradsurgery.version import __version__
 
 if TYPE_CHECKING:
     from gradsurgery.keys.key import PermutationKey
 
-FORMAT = 1
+KIND = "a permutation key"
 HALVES = ("experts", "attn_out_heads", "mlp_up_cols", "mlp_down_cols")
 """Lists that a file leaves out where they are empty."""
 ABOUT = "gradsurgery"
@@ -28,7 +28,7 @@ def save(key: PermutationKey, path: Path) -> None:
     _ = key.fingerprint  # raises for what is no key
     data: dict[str, Any] = {name: getattr(key, name) for name in LISTS if name not in HALVES or getattr(key, name)}
     if key.model is not None:
-        data[ABOUT] = {"format": FORMAT, "version": __version__, "model": key.model, "key": key.fingerprint}
+        data[ABOUT] = {**stamp(KIND, "version"), "model": key.model, "key": key.fingerprint}
     with atomic_path(path, mode=stat.S_IRUSR | stat.S_IWUSR) as beside:
         beside.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
@@ -40,14 +40,13 @@ def load(path: Path) -> dict[str, Any]:
         ArtefactError: missing, truncated, no key, lists of another format, or swaps that were changed since.
     """
     path = path.expanduser()
-    data = read_json(path, "a permutation key")
+    data = read_json(path, KIND)
     if not isinstance(data, dict) or not any(name in data for name in LISTS):
         raise ArtefactError(f"{path} is no permutation key: it has none of the lists {', '.join(LISTS)}.")
     about = data.pop(ABOUT, {})
     if unknown := sorted(set(data) - set(LISTS)):
         raise ArtefactError(f"{path} holds {', '.join(unknown)}, which this version does not know: {', '.join(LISTS)}.")
-    if not isinstance(about, dict) or about.get("format", FORMAT) != FORMAT:
-        raise ArtefactError(f"{path} is of another format than {FORMAT}; a newer version of the library reads it.")
+    about = upgraded(about, KIND, path, before=1)  # the originals' files say nothing of themselves
     warn_of_readers(path)
     out = {**{name: swaps for name, swaps in data.items() if swaps is not None}, "model": about.get("model")}
     if (made := about.get("key")) is not None:

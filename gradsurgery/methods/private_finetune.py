@@ -95,6 +95,7 @@ def private_finetune(
         passes.append(Pass("private", loss, under, stream="private", weight=1 - kl_weight))
     for k in range(decoys):  # drawn from a seed: they tell no more than the key does
         part = key.subset(decoy_fraction, seed=k)
+        part.validate(anatomy)
         under, refs = [part, mask(public)], {"reference": KeyedSnapshot(kept, part)}
         when = sample_one(DECOYS)
         passes.append(Pass(f"decoy {k + 1}", divergence, under, "private", weight=decoy_weight, when=when, refs=refs))

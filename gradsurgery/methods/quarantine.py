@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from gradsurgery.adapters.handle import Handle
-from gradsurgery.adapters.meter import Meter, ScoreMeter
+from gradsurgery.adapters.kinds import ByKind, Kinds
+from gradsurgery.adapters.meter import Figures, Meter, ScoreMeter
 from gradsurgery.adapters.route import Route
 from gradsurgery.adapters.score import Score
 from gradsurgery.adapters.scored import Scored
@@ -38,6 +40,7 @@ def quarantine(
     direction: Direction | None = None,
     loss: Loss = causal_lm,
     metrics: bool = True,
+    kinds: Kinds | None = None,
 ) -> Method:
     """One pass in which flagged rows teach the quarantine, and others the kept part.
 
@@ -66,6 +69,7 @@ def quarantine(
         loss: Loss of the pass.
         metrics: Measure each step's energy into the quarantine, beside the capacity ratio (an update stage, so that the
             optimizer must be bound).
+        kinds: A `gs.adapters.Kinds`: metrics apart for each kind of row.
 
     Raises:
         PlanError: options that do not go together.
@@ -80,13 +84,17 @@ def quarantine(
     """
     if not isinstance(adapter, Handle):
         raise PlanError(f"quarantine takes an adapter (gs.adapters.add), not {type(adapter).__name__}.")
+    if kinds is not None and not (isinstance(kinds, Kinds) and metrics):
+        raise PlanError("quarantine: kinds is a gs.adapters.Kinds, of metrics that are on.")
     if mode == "erase":
-        return _erase(adapter, score, clean, direction, loss, metrics)
+        watched = loss if kinds is None else ByKind(loss, adapter, kinds)
+        return _erase(adapter, score, clean, direction, watched, metrics)
     if direction is not None:
         raise PlanError('quarantine: direction is for mode="erase"; a score has its own.')
     route = Route(adapter, mode, where, clean, score)
     meter = ScoreMeter(adapter, score) if score is not None else Meter(adapter)
-    return Quarantine([RoutedPass("quarantine", loss, under=[route])], update=[meter] if metrics or score else [])
+    update = [meter] if metrics or score else []
+    return Quarantine([RoutedPass("quarantine", loss, under=[route], kinds=kinds)], update=update)
 
 
 def _erase(adapter: Handle, score: Any, clean: Any, direction: Direction | None, loss: Loss, metrics: bool) -> Method:
@@ -102,11 +110,19 @@ def _erase(adapter: Handle, score: Any, clean: Any, direction: Direction | None,
         region=adapter.kept,
         metrics="global" if metrics else None,
     )
-    return Method([Pass("quarantine", loss)], gradient=[along], update=[freeze(adapter.quarantine)])
+    figures = [Figures(adapter)] if metrics else []
+    return Method([Pass("quarantine", loss)], gradient=[along], update=[freeze(adapter.quarantine), *figures])
 
 
+@dataclass(frozen=True, eq=False)
 class RoutedPass(Pass):
-    """A pass whose rows are routed; a score is read between its forward and its backward."""
+    """A pass whose rows are routed; a score is read between its forward and its backward.
+
+    Args:
+        kinds: Kinds of rows that are measured apart.
+    """
+
+    kinds: Kinds | None = None
 
     @property
     def route(self) -> Route | None:
@@ -114,10 +130,14 @@ class RoutedPass(Pass):
 
     @property
     def losses(self) -> dict[str, Loss]:
-        plain, route = super().losses, self.route
-        if route is None or route.score is None:
-            return plain
-        return {name: Scored(one, route) for name, one in plain.items()}
+        found, route = super().losses, self.route
+        if route is None:
+            return found
+        if route.score is not None:
+            found = {name: Scored(one, route) for name, one in found.items()}
+        if self.kinds is not None:
+            found = {name: ByKind(one, route.adapter, self.kinds, route) for name, one in found.items()}
+        return found
 
     def columns(self) -> Iterable[str]:
         yield from super().columns()

@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from gradsurgery.anatomy.space import ParameterSpace
 from gradsurgery.errors import ArtefactError
 from gradsurgery.files import atomic_path, read_json, write_json
+from gradsurgery.formats import stamp, upgraded
 from gradsurgery.surgery.method import references_of
 from gradsurgery.tensors import aligned, is_sharded
-from gradsurgery.version import __version__
 
 if TYPE_CHECKING:
     from gradsurgery.surgery.method import Method
     from gradsurgery.surgery.slots import Slots
     from gradsurgery.surgery.stepping import Stepper
 
-NAME = "surgery"
+NAME, KIND = "surgery", "the state of a surgery"
 REFERENCE, SLOT = "reference/", "slot/"
 
 
 def state_of(method: Method, model: nn.Module, stepper: Stepper, slots: Slots) -> dict[str, Any]:
     """Version, model fingerprint, method, step, what stateful transforms keep, by their position, and kept slots."""
     space = ParameterSpace.of(model)
-    state: dict[str, Any] = {"version": __version__, "fingerprint": space.fingerprint, "method": method.describe()}
+    state: dict[str, Any] = {**stamp(KIND, "version"), "fingerprint": space.fingerprint, "method": method.describe()}
     state["step"] = stepper.step
     transforms = (*method.gradient, *method.update)
     for name, reference in references_of(method).items():
@@ -95,13 +95,13 @@ def take_state(state: Mapping[str, Any], method: Method, model: nn.Module, stepp
 def save_state(state: Mapping[str, Any], directory: str | Path) -> None:
     """Write a state beside a checkpoint."""
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
+    plain: dict[str, dict[str, Any]] = {key: {} for key in state.get("transforms", {})}
     for key, values in state.get("transforms", {}).items():
         for name, value in values.items():
             if isinstance(value, Tensor):
                 tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
             else:
-                plain.setdefault(key, {})[name] = value
+                plain[key][name] = value
     for key, values in state.get("references", {}).items():
         for name, value in values.items():
             tensors[f"{REFERENCE}{key}/{name}"] = value.detach().cpu().contiguous()
@@ -127,9 +127,8 @@ def load_state(directory: str | Path) -> dict[str, Any]:
         ArtefactError: no ``surgery.json`` there, or a truncated file.
     """
     directory = Path(directory)
-    state = read_json(directory / f"{NAME}.json", "the state of a surgery")
-    if not isinstance(state, dict):
-        raise ArtefactError(f"{directory / f'{NAME}.json'} holds no surgery state.")
+    path = directory / f"{NAME}.json"
+    state = upgraded(read_json(path, KIND), KIND, path, "resume from a checkpoint of a surgery", before=1)
     tensors = directory / f"{NAME}.safetensors"
     for kept in state.get("slots", {}).values():
         kept.setdefault("grads", {})

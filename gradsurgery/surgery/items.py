@@ -53,7 +53,8 @@ def count_items(
 ) -> dict[str, Tensor]:
     """Items of every loss over all micro-batches of a window, averaged over ranks (they are gradients' weights)."""
     out: dict[str, Tensor] = {}
-    zero = torch.zeros((), device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    zero = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     for p in passes:
         shares = [batch_for(p, batch, model, known) for batch in batches]
         for name, loss in p.losses.items():

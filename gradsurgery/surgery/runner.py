@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradsurgery.errors import BatchError
 from gradsurgery.losses.references.base import evaluating
 from gradsurgery.surgery.batches import PassBatch
-from gradsurgery.surgery.hosts import reduce_again, several_backwards, sync_every_backward
+from gradsurgery.surgery.hosts import recover, reduce_again, sync_every_backward
 from gradsurgery.surgery.items import NumItems, items_of, per_item
 from gradsurgery.surgery.passes import Pass
 from gradsurgery.surgery.slots import Slots
@@ -59,10 +59,10 @@ class PassRunner:
                 stack.enter_context(transform.during(self.base, self.slots))
             if p.forward_transforms:
                 stack.enter_context(self.board.on(self.plans[p.name], run))
+            stack.push(self._recover)  # first of all on an exception: keys go back into what is sharded
             if self.sync:
                 sync_every_backward(self.base)
-            with several_backwards(self.model) if len(p.losses) > 1 else nullcontext():
-                outputs = self.model(**share.inputs)
+            outputs = self.model(**share.inputs)
             self.board.check_called(self.model)
             losses = {name: loss(outputs, share.batch, refs) for name, loss in p.losses.items()}
             del outputs, refs  # logits that no loss saved need not live through the backward
@@ -73,7 +73,8 @@ class PassRunner:
                 items: Any = 1.0
                 if num_items is not None:
                     items = items_of(p.losses[name], share, self.base).to(loss.device)
-                    factor = p.factor(passes) * per_item(items, num_items, name)
+                    part = per_item(items, num_items, name)
+                    factor = p.factor(passes) * part.to(torch.promote_types(loss.dtype, torch.float32))
                 scaled = loss if isinstance(factor, float) and factor == 1.0 else loss * factor
                 more = {"retain_graph": True} if k + 1 < len(losses) else {}
                 with self.slots.installed(p.slot(name), parameters):
@@ -83,6 +84,10 @@ class PassRunner:
                 out[name] = loss.detach().float() * share.share
                 self._record(name, out[name], items)
         return out
+
+    def _recover(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None:
+            recover(self.base)
 
     def _record(self, name: str, loss: Tensor, items: Any) -> None:
         """Mean over the window's items, for the metrics."""

@@ -24,7 +24,7 @@ from gradsurgery.errors import PlanError
 from gradsurgery.keys.step import StepUnder
 from gradsurgery.surgery.method import Method
 from gradsurgery.surgery.slots import Probe, Slots
-from gradsurgery.tensors import gather, sum_over_shards
+from gradsurgery.tensors import gather, reshard, sum_over_shards
 from gradsurgery.transforms.clip import Clip
 from gradsurgery.transforms.engine.program import box_columns
 from gradsurgery.transforms.freeze import Freeze
@@ -55,7 +55,7 @@ class Stepper:
         self._held: dict[tuple[Freeze, ...], Region | None] = {}
         self._handles: list[RemovableHandle] = []
         self._restore: Callable[[], None] | None = None
-        if method.gradient or method.update:
+        if method.gradient or method.update or any(p.when is not None for p in method.passes):
             refuse = weakref.WeakMethod(self._refuse_others)  # this hook is global: it must keep no model alive
             handle = register_optimizer_step_pre_hook(lambda o, *_: call(o) if (call := refuse()) else None)
             weakref.finalize(self, handle.remove).atexit = False
@@ -99,7 +99,8 @@ class Stepper:
         bound = self.optimizer() if self.optimizer is not None else None
         if not self.enabled or bound is optimizer or not self._holds(optimizer):
             return
-        names = ", ".join(t.describe() for t in (*self.method.gradient, *self.method.update))
+        scheduled = [f"schedule {p.when!r} of pass {p.name!r}" for p in self.method.passes if p.when is not None]
+        names = ", ".join([*(t.describe() for t in (*self.method.gradient, *self.method.update)), *scheduled])
         if bound is None:
             raise PlanError(f"{names} act at the optimizer's step, and no optimizer is bound: surgery.bind(optimizer).")
         raise PlanError(
@@ -161,6 +162,7 @@ class Stepper:
                 "optimizer.step(closure) makes its gradients after both stages ran; call backward, then step()."
             )
         self.abandon()
+        reshard(self.model)
         optimizer = self.optimizer() if self.optimizer is not None else None
         self.skipped = self.enabled and optimizer is not None and will_skip(optimizer)
         enabled, self.enabled = self.enabled, self.enabled and not self.skipped

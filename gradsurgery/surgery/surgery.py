@@ -8,20 +8,23 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.space import unwrap
 from gradsurgery.errors import BatchError, PlanError, SlotError
 from gradsurgery.keys.configuration import require_c1
+from gradsurgery.surgery.agreement import require_agreement
 from gradsurgery.surgery.batches import batch_for, label_columns
 from gradsurgery.surgery.checkpoint import state_of, take_state
-from gradsurgery.surgery.hosts import check_host
+from gradsurgery.surgery.hosts import Buffers, check_backward, check_host, has_several_backwards
 from gradsurgery.surgery.items import NumItems, count_items
 from gradsurgery.surgery.method import Method
 from gradsurgery.surgery.passes import Pass, refreshing, require_plain
 from gradsurgery.surgery.runner import Backward, PassRunner, run_of
 from gradsurgery.surgery.slots import Probe, Slots
 from gradsurgery.surgery.stepping import Stepper
+from gradsurgery.tensors import reshard
 from gradsurgery.transforms.engine.hooks import Switchboard
 
 
@@ -44,8 +47,10 @@ class Surgery:
         self.slots = Slots(method.keep)
         several = method.slots != {"main"} or any(p.weight_transforms for p in method.passes)
         self._passes = PassRunner(model, self.base, self._plans, self._board, self.slots, several)
+        self._buffers = Buffers() if any(has_several_backwards(p) for p in method.passes) else None
         self._enabled = True
         self._had_main = False
+        self._agreed = False
         self.attached = True
 
     @property
@@ -54,14 +59,27 @@ class Surgery:
 
     @model.setter
     def model(self, host: nn.Module) -> None:
+        if host is self._passes.model:
+            return
         if unwrap(host) is not self.base:
             raise PlanError(f"surgery.model takes the attached {type(self.base).__name__} or a wrapper around it.")
         check_host(host, self.method.slots)
+        self._agreed = False
         self._passes.model = host
 
     @property
     def step(self) -> int:
         return self._stepper.step
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The bound optimizer, ``None`` before `bind`."""
+        return self._stepper.optimizer() if self._stepper.optimizer is not None else None
+
+    @property
+    def pending(self) -> bool:
+        """Whether a pass ran since the last optimizer step or ``zero_grad``: its gradients wait for a step."""
+        return bool(self._stepper.ran)
 
     def bind(self, optimizer: Any) -> None:
         """Run the gradient and update stages around this optimizer's step; for hosts that make it late.
@@ -99,6 +117,8 @@ class Surgery:
             PlanError: the gradient stage of this step has run already; schedules, and no bound optimizer to count by.
         """
         self._require_attached()
+        self._agree()  # before anything that one rank alone may refuse
+        check_backward(backward, num_items)
         self._stepper.abandon()
         if not self._stepper.bound and (scheduled := [p.name for p in self.method.passes if p.when is not None]):
             raise PlanError(
@@ -110,6 +130,7 @@ class Surgery:
     def _backward(
         self, batch: Mapping[str, Any], num_items: NumItems | None = None, backward: Backward | None = None
     ) -> dict[str, Tensor]:
+        reshard(self.base)
         if self._had_main and not self._has_main():
             self._stepper.new_window(self.slots)  # model.zero_grad() without a step: a scaler skipped it
         if self._stepper.finished:
@@ -122,6 +143,8 @@ class Surgery:
         self._require_c1()
         shares = {p.name: batch_for(p, batch, self.base, self.method.columns) for p in running}
         out: dict[str, Tensor] = {}
+        if self._buffers is not None:
+            self._buffers.hold(self.model)
         try:
             for p in running:
                 out.update(self._passes.run(p, shares[p.name], len(running), num_items, backward))
@@ -131,6 +154,13 @@ class Surgery:
         if backward is not None and len(self.slots):
             self._stepper.probe = Probe.of(self.base)
         return out
+
+    def _agree(self) -> None:
+        """All ranks run this method, from this step on."""
+        if not self._agreed:
+            reshard(self.base)
+            require_agreement(self.method, self.base, self.model, self.step)
+            self._agreed = True
 
     def _require_c1(self) -> None:
         """A method that swaps weights itself starts in C1; any other runs in whatever configuration it finds."""
@@ -182,11 +212,14 @@ class Surgery:
             raise SlotError(f"refresh fills slots of their own that a pass fills; {slot!r} is none of {have}.")
         if not self._enabled:
             passes = [dataclasses.replace(p, under=()) for p in passes]
+        reshard(self.base)
         given = list(batches)
         if not given:
             raise BatchError(f"refresh of slot {slot!r} got no batches.")
         self._require_c1()
         num_items = count_items(passes, given, self.base, self.method.columns, average=True)
+        if self._buffers is not None:
+            self._buffers.hold(self.model)
         before, self._passes.losses = self._passes.losses, {}
         try:
             with self.slots.anew(slot):
@@ -202,6 +235,7 @@ class Surgery:
     def finish(self) -> None:
         """The gradient stage, now; the optimizer's step calls it otherwise. Once per step, however often called."""
         self._require_attached()
+        reshard(self.base)
         self._had_main = self._has_main()
         self._stepper.finish(self.slots)
 
@@ -231,6 +265,8 @@ class Surgery:
             raise PlanError(f"running needs the name of one pass: {', '.join(p.name for p in self.method.passes)}.")
         require_plain(chosen[0], "a forward and backward of your own", "surgery.backward")
         columns = label_columns(chosen[0], batch or {})
+        self._agree()
+        reshard(self.base)
         self._require_c1()
         with ExitStack() as stack:
             for transform in chosen[0].weight_transforms:
@@ -269,6 +305,7 @@ class Surgery:
 
         Sharded tensors are gathered, so that all ranks must call this.
         """
+        reshard(self.base)
         return state_of(self.method, self.base, self._stepper, self.slots)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -277,6 +314,7 @@ class Surgery:
         Raises:
             ArtefactError: the state is of another model or method, or no surgery state.
         """
+        reshard(self.base)
         take_state(state, self.method, self.base, self._stepper, self.slots)
 
     def remove(self) -> None:
@@ -285,6 +323,8 @@ class Surgery:
         try:
             self._stepper.remove()
         finally:
+            if self._buffers is not None:
+                self._buffers.release()
             self._passes.losses = {}
             self.slots.clear()
             self.attached = False

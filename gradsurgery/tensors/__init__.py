@@ -19,6 +19,7 @@ from gradsurgery.tensors.dots import (
     inner_products,
     local_of,
     pieces,
+    replicated,
     row_products,
     shards_of,
     subtract_,
@@ -26,7 +27,7 @@ from gradsurgery.tensors.dots import (
 )
 from gradsurgery.tensors.exchange import Exchange
 from gradsurgery.tensors.lines import Lines, LineSwap
-from gradsurgery.tensors.settle import settle, unreduced
+from gradsurgery.tensors.settle import reshard, settle, unreduced
 
 __all__ = [
     "Box",
@@ -46,6 +47,8 @@ __all__ = [
     "local_part",
     "pieces",
     "put_",
+    "replicated",
+    "reshard",
     "row_products",
     "scale_",
     "settle",

@@ -54,6 +54,17 @@ def aligned(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(mine, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
+def replicated(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor``, which every rank has whole, on the device and of the dtype of ``like``, fit to compute with it."""
+    tensor = tensor.to(device=like.device, dtype=like.dtype)
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def pieces(tensor: Tensor, boxes: Sequence[Box] | None = None) -> list[Tensor]:
     """The local entries, flat: of the whole tensor (a view where it is contiguous), or copies of those in boxes."""
     if boxes is None:

@@ -8,10 +8,16 @@ from torch import nn
 
 def settle(base: nn.Module) -> None:
     """Make FSDP2 drop gathered weights, and autocast its casts: both would go on with the values from before."""
+    reshard(base)
+    torch.clear_autocast_cache()
+
+
+def reshard(base: nn.Module) -> None:
+    """Make FSDP2 drop gathered weights. A forward without a backward (an evaluation, one that failed) leaves those of
+    the root behind: parameters' names then are of other tensors than the optimizer's."""
     for module in base.modules():
         if any(parent.__name__ == "FSDPModule" for parent in type(module).__mro__):
             module.reshard()  # type: ignore[operator]
-    torch.clear_autocast_cache()
 
 
 def unreduced(base: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gradsurgery as gs
@@ -318,6 +319,23 @@ def test_copies_and_checkpoints_are_stock(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt_neo"])
+def test_a_hosts_state_is_written_once_and_read_whole(name: str, tmp_path: Path) -> None:
+    """Tied weights stand in it under one name, as safetensors want it; the names left out come back with it."""
+    adapter, other = adapted(name, rank=3), adapted(name, rank=3, seed=1)
+    state = adapter.host.state_dict()
+    storages = [value.data_ptr() for value in state.values()]
+    assert len(set(storages)) == len(storages)
+    save_file(state, tmp_path / "host.safetensors")
+    with torch.no_grad():
+        for parameter in other.host.parameters():
+            parameter.zero_()
+    other.host.load_state_dict(load_file(tmp_path / "host.safetensors"))
+    assert torch.equal(logits(adapter.model), logits(other.model))
+    tied = model_of(name).config.tie_word_embeddings
+    assert tied == (len(state) < len(dict(adapter.host.named_parameters(remove_duplicate=False))))
+
+
 def test_it_compiles() -> None:
     adapter = adapted("llama", rank=4)
     expected = logits(adapter.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -150,3 +151,28 @@ def test_three_compiled_adamw_steps() -> None:
                 optimizer.zero_grad()
         found.append(weights(model))
     assert gap(*found) < 2e-6
+
+
+def test_compiled_backwards_keep_their_buffers_only_while_a_second_one_needs_them() -> None:
+    """The setting is the process's own: it comes back, whoever held it, and however they end."""
+
+    def settings() -> bool:
+        return bool(torch._functorch.config.donated_buffer)
+
+    before = settings()
+    both = {"a": gs.losses.causal_lm, "b": gs.losses.causal_lm}
+    held: list[gs.Surgery] = []
+    for passes in ([gs.Pass("p")], [gs.Pass("p", both)], [gs.Pass("p", both)]):
+        host: Any = torch.compile(build(), backend="aot_eager")
+        surgery = gs.attach(gs.Method(passes), host)
+        assert settings() == (before if not held else False)
+        surgery.backward(batch(2))
+        held += [surgery] * (len(surgery.method.passes[0].losses) > 1)
+        assert settings() == (before if not held else False)
+        if not held:
+            surgery.remove()
+    held.pop().remove()
+    assert not settings()
+    del surgery, held, host
+    gc.collect()  # the last one dies with its model
+    assert settings() == before

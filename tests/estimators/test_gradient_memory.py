@@ -190,7 +190,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     header = json.loads(whole[8 : 8 + size])
     about = json.loads(header["__metadata__"]["gradsurgery"])
     for change, message in (
-        ({"format": 9}, "of format 1"),
+        ({"format": 9}, "pip install --upgrade"),
         ({"kind": "a basis"}, "holds a basis; expected a gradient memory"),
         ({"count": 3}, "damaged"),
         ({"count": 1}, "damaged"),

@@ -114,8 +114,8 @@ class TestWhatIsNoKey:
             ("{}", "is no permutation key"),
             ('{"heads": []}', "is no permutation key"),
             ('{"mlp_cols": [], "mlp_rows": []}', "holds mlp_rows, which this version does not know"),
-            ('{"mlp_cols": [], "gradsurgery": {"format": 2}}', "another format than 1"),
-            ('{"mlp_cols": [], "gradsurgery": 7}', "another format than 1"),
+            ('{"mlp_cols": [], "gradsurgery": {"format": 2}}', "pip install --upgrade"),
+            ('{"mlp_cols": [], "gradsurgery": 7}', "is not a permutation key of format 1"),
         ],
     )
     def test_files(self, text: str, message: str, tmp_path: Path) -> None:

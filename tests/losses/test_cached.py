@@ -176,7 +176,7 @@ def test_an_index_that_says_something_else(tmp_path: Path) -> None:
     gs.losses.precompute(tmp_path / "cache", model, [BATCH])
     index = tmp_path / "cache" / "index.json"
     about = json.loads(index.read_text())
-    for change in ({"format": 9}, {"rows": 3}, {"vocabulary": None}):
+    for change in ({"format": "x"}, {"rows": 3}, {"vocabulary": None}):
         index.write_text(json.dumps({**about, **change}))
         with pytest.raises(ArtefactError, match="precompute again"):
             gs.losses.cached(tmp_path / "cache")

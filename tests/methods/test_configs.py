@@ -14,17 +14,26 @@ import gradsurgery as gs
 from gradsurgery.data import load_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-CONFIGS = sorted((RECIPES / "configs" / "sgtm_bilingual").glob("*.yaml"))
+CONFIGS = sorted((RECIPES / "configs").glob("sgtm_*/*_*m.yaml"))
+
+
+def load_recipe(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sgtm_bilingual", RECIPES / "sgtm_bilingual.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sgtm_bilingual"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def recipes() -> dict[str, ModuleType]:
+    return {name: load_recipe(name) for name in ("sgtm_bilingual", "sgtm_topics")}
+
+
+def test_every_size_of_the_paper_is_there() -> None:
+    sizes = {f"tinystories_{size}m" for size in (8, 18, 34, 64)} | {f"wikipedia_{size}m" for size in (34, 64, 125, 254)}
+    assert {path.stem for path in CONFIGS} == sizes
 
 
 def load(recipe: ModuleType, arguments: list[str]):
@@ -34,7 +43,8 @@ def load(recipe: ModuleType, arguments: list[str]):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_models_have_the_size_of_the_paper(recipe: ModuleType, path: Path) -> None:
+def test_models_have_the_size_of_the_paper(recipes: dict[str, ModuleType], path: Path) -> None:
+    recipe = recipes[path.parent.name]
     config = load(recipe, ["--config", str(path)])
     tokenizer = load_tokenizer()
     with torch.device("meta"):
@@ -47,7 +57,8 @@ def test_models_have_the_size_of_the_paper(recipe: ModuleType, path: Path) -> No
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_their_method_fits_their_model(recipe: ModuleType, path: Path) -> None:
+def test_their_method_fits_their_model(recipes: dict[str, ModuleType], path: Path) -> None:
+    recipe = recipes[path.parent.name]
     config = load(recipe, ["--config", str(path)])
     with torch.device("meta"):
         model = recipe.build_model(config, load_tokenizer())
@@ -58,5 +69,6 @@ def test_their_method_fits_their_model(recipe: ModuleType, path: Path) -> None:
     assert isinstance(method, gs.Method) and "sgtm" in method.explain(model)
 
 
-def test_the_default_is_the_embedded_one(recipe: ModuleType) -> None:
-    assert load(recipe, []) == recipe.Config()
+def test_the_default_is_the_embedded_one(recipes: dict[str, ModuleType]) -> None:
+    for recipe in recipes.values():
+        assert load(recipe, []) == recipe.Config()

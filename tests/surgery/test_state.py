@@ -66,7 +66,7 @@ def test_a_plain_state_is_one_readable_file(tmp_path: Path) -> None:
         save_state(surgery.state_dict(), tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["surgery.json"]
         stored = json.loads((tmp_path / "surgery.json").read_text())
-        assert set(stored) == {"version", "fingerprint", "method", "step"}
+        assert set(stored) == {"format", "version", "fingerprint", "method", "step"}
         assert stored["method"] == sgtm().describe()
         assert load_state(tmp_path) == surgery.state_dict() == stored
 

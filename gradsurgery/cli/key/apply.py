@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from gradsurgery.anatomy.dissect import dissect
@@ -17,12 +13,12 @@ from gradsurgery.cli.key.reload import exchange_loaded
 from gradsurgery.cli.key.show import load
 from gradsurgery.cli.models import config_of, on_meta
 from gradsurgery.errors import ArtefactError, KeyStateError, PlanError
-from gradsurgery.files import read_json, write_json
-from gradsurgery.version import __version__
+from gradsurgery.files import atomic_folder, read_json, write_json
+from gradsurgery.formats import stamp, upgraded
 
 MARK = "gradsurgery.json"
 """File that says that a checkpoint is C2; ``from_pretrained`` does not read it."""
-FORMAT = 1
+KIND = "what a checkpoint says of its keys"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf"}
 """Suffixes of files that hold weights or moments: carried over in C1 they would contradict the others."""
 
@@ -42,7 +38,7 @@ def apply(options: argparse.Namespace) -> None:
     key.validate(anatomy)
     warn_of_differences(key, anatomy, model)
     applied = toggled(applied_keys(source), key.fingerprint, source)
-    with folder_that_appears(output, private=bool(applied)) as staging:
+    with atomic_folder(output, private=bool(applied)) as staging:
         files = weight_files(source)
         if not (files and exchange_files(files, staging, key, anatomy, model)):
             exchange_loaded(source, staging, key, anatomy, model)
@@ -67,10 +63,12 @@ def applied_keys(folder: Path) -> list[str]:
     path = folder / MARK
     if not path.is_file():
         return []
-    data = read_json(path, "what the checkpoint says of its keys")
-    keys = data.get("keys") if isinstance(data, dict) and data.get("format") == FORMAT else None
+    data = upgraded(read_json(path, KIND), KIND, path, "apply the key to the public checkpoint again")
+    keys = data.get("keys")
     if not isinstance(keys, list) or not all(isinstance(one, str) for one in keys):
-        raise ArtefactError(f"{path} does not say which keys are applied; a newer version of the library reads it.")
+        raise ArtefactError(
+            f"{path} does not say which keys are applied; apply the key to the public checkpoint again."
+        )
     return keys
 
 
@@ -94,33 +92,12 @@ def mark(applied: list[str], model: str) -> dict[str, object]:
         "These weights are C2, a permutation of the public ones by the keys named here: keep them as secret as a key."
     )
     return {
-        "format": FORMAT,
-        "version": __version__,
+        **stamp(KIND, "version"),
         "configuration": "C2",
         "keys": applied,
         "model": model,
         "says": says,
     }
-
-
-@contextmanager
-def folder_that_appears(output: Path, private: bool) -> Iterator[Path]:
-    """A folder beside ``output`` that becomes it when the block ends without an exception, else disappears."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
-    try:
-        yield staging
-        for path in staging.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as written:
-                    os.fsync(written.fileno())
-        if not private:  # mkdtemp gives 0700
-            mask = os.umask(0)
-            os.umask(mask)
-            staging.chmod(0o777 & ~mask)
-        staging.rename(output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def carry_over(source: Path, staging: Path) -> list[str]:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from gradsurgery.errors import ArtefactError, BatchError
 from gradsurgery.files import atomic_path, read_json, write_json
-from gradsurgery.version import __version__
+from gradsurgery.formats import stamp, upgraded
 
-FORMAT = 1
+KIND = "precomputed log-probabilities"
 INDEX, ROWS = "index.json", "rows.safetensors"
 
 
@@ -112,7 +112,7 @@ class Writer:
             self._flush()
         hashes = torch.from_numpy(np.frombuffer(b"".join(self._hashes), dtype=np.uint8).reshape(-1, 16).copy())
         self._save(ROWS, {"rows": torch.tensor(self._rows, dtype=torch.int64).view(-1, 4), "hashes": hashes})
-        header = {"format": FORMAT, "gradsurgery": __version__, **about, "rows": len(self._rows), "shards": self._shard}
+        header = {**stamp(KIND), **about, "rows": len(self._rows), "shards": self._shard}
         write_json(self.folder / INDEX, header)
 
 
@@ -129,9 +129,7 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.about = read_json(path / INDEX, "precomputed log-probabilities")
-        if not isinstance(self.about, dict) or self.about.get("format") != FORMAT:
-            raise ArtefactError(f"{path / INDEX} is no index of format {FORMAT}; precompute again.")
+        self.about = upgraded(read_json(path / INDEX, KIND), KIND, path / INDEX, "precompute again")
         try:
             stored = load_file(path / ROWS)
             rows, hashes = stored["rows"].tolist(), stored["hashes"].numpy()
