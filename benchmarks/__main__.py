@@ -2,6 +2,8 @@
 
 python -m benchmarks --pairs 25 --out runs/benchmarks
 python -m benchmarks --sections keys --threads 1
+python -m benchmarks --sections columns --models 34m 254m --compile both
+python -m benchmarks --sections scaling --page docs/scaling.md
 """
 
 from __future__ import annotations
@@ -17,15 +19,16 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks import keys, projection, rotation
+from benchmarks import columns, growth, keys, projection, quarantine, rotation, scaling
 from benchmarks.dissection import dissect_70b
 from benchmarks.memory import allocated, peak
+from benchmarks.models import CONFIGS, Setting
 from benchmarks.steps import candidates
 from benchmarks.timing import interleaved
 from gradsurgery.evaluation.tables import table
 from gradsurgery.files import write_json, write_text
 
-SECTIONS = ("steps", "keys", "rotation", "projection")
+SECTIONS = ("steps", "keys", "rotation", "projection", "quarantine", "columns", "scaling")
 
 
 def main() -> None:
@@ -37,6 +40,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the rows whose name matches this regular expression")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's default)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", nargs="+", choices=sorted(CONFIGS), default=["34m"], help="of columns")
+    parser.add_argument("--compile", choices=("off", "on", "both"), default="off", help="of columns")
+    parser.add_argument("--batch", type=int, default=0, help="rows of columns (0: 4 on a CPU, what fits elsewhere)")
+    parser.add_argument("--tokens", type=int, default=0, help="of a row of columns (0: the model's)")
+    parser.add_argument("--page", type=Path, help="scaling writes its tables between the markers of this page")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     options = parser.parse_args()
     if options.threads:
@@ -130,11 +138,36 @@ def measure_projection(options: argparse.Namespace) -> tuple[str, dict[str, Any]
     return "\n\n".join([*texts, "Besides models and batch:", table(lines, "markdown")]), raw
 
 
+def measure_quarantine(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Steps of an adapter with a quarantine against the same adapter's without routing."""
+    baseline, rows = quarantine.candidates(options.device)
+    return compare("Step of the adapter without routing", "step", baseline, rows, options)
+
+
+def measure_columns(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Every method on every model that is asked for, eager and compiled."""
+    compiled = {"off": (False,), "on": (True,), "both": (False, True)}[options.compile]
+    shape = (options.batch, options.tokens)
+    settings = [Setting.of(model, options.device, how, *shape) for model in options.models for how in compiled]
+    return columns.measure(settings, options.pairs, options.only)
+
+
+def measure_scaling(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """How costs grow, and what they are for 8B and 70B on 8 and 64 cards."""
+    texts, raw = scaling.measure(growth.Size(pairs=options.pairs), options.device, options.only)
+    if options.page is not None:
+        scaling.write(options.page, texts)
+    return "\n".join(f"## {name.capitalize()}\n\n{text}" for name, text in texts.items()), raw
+
+
 MEASURES: dict[str, Callable[[argparse.Namespace], tuple[str, dict[str, Any]]]] = {
     "steps": measure_steps,
     "keys": measure_keys,
     "rotation": measure_rotation,
     "projection": measure_projection,
+    "quarantine": measure_quarantine,
+    "columns": measure_columns,
+    "scaling": measure_scaling,
 }
 
 

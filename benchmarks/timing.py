@@ -23,6 +23,8 @@ class Ratio:
 
     @property
     def quartiles(self) -> tuple[float, float]:
+        if len(self.values) < 2:
+            return self.median, self.median
         low, _, high = statistics.quantiles(self.values, n=4)
         return low, high
 

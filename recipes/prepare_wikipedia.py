@@ -4,6 +4,7 @@
     python recipes/prepare_wikipedia.py --topics topics.csv --out data/military \\
         --forget "[History_and_Society.Military_and_warfare]" --adjacent "[History_and_Society.History]"
 
+What the corpus holds is in ``data.html`` and ``data.json`` of the folder.
 The topics are at https://analytics.wikimedia.org/published/datasets/topics/. Articles stream from the hub or from local
 files; memory stays constant. An index of the topics is kept beside them.
 """
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gradsurgery.data import TopicIndex, prepare_articles, stream_articles
+from gradsurgery.data import Explorer, TopicIndex, prepare_articles, stream_articles
 from gradsurgery.data.articles import ADJACENT, FORGET
 from gradsurgery.evaluation import table
 from gradsurgery.runs import build_tokenizer, ending_in_a_sentence
+from gradsurgery.runs.exploration import write_exploration
 
 
 def main(
@@ -47,6 +49,7 @@ def main(
         limit: Articles to read, for a quick look.
     """
     index = topic_index(Path(topics), wiki, columns)
+    explorer = Explorer(repeats=False)  # repeated articles are left out below
     made = prepare_articles(
         stream_articles(articles),
         index,
@@ -57,11 +60,14 @@ def main(
         adjacent=adjacent,
         test_articles=test_articles,
         limit=limit,
+        explorer=explorer,
     )
+    read = {"articles": articles, "topics": topics, "tokenizer": tokenizer, "limit": limit}
+    page = write_exploration(out, explorer.result(), "Articles by topic", read)
     print(table([{"category": name, "role": role} for name, role in made.about["categories"].items()]))
     counted = ("articles", "sequences")
     print(table([{"side": s, **{n: made.about[n][s] for n in counted}} for s in ("train", "test")]))
-    print(f"without a topic: {made.about['without_topic']:,}; repeated: {made.about['repeated']:,}")
+    print(f"without a topic: {made.about['without_topic']:,}; repeated: {made.about['repeated']:,}\n{page}")
 
 
 def topic_index(dump: Path, wiki: str, columns: list[str] | None) -> TopicIndex:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from gradsurgery import data
 from gradsurgery.runs import build_tokenizer, ending_in_a_sentence
+from gradsurgery.runs.exploration import exploration
 from gradsurgery.runs.removal import RemovalConfig
 from gradsurgery.runs.removal_models import build_method, build_model
 from gradsurgery.runs.removal_recipe import run_removal
@@ -26,11 +27,12 @@ Config = RemovalConfig
 def load_data(config: Config) -> RemovalData:
     """Tokenizer, labelled training rows, held-back sequences by category."""
     text, labels = config.text, config.labels
-    corpus = data.load_bilingual(config.data, validation=text.validation, limit=text.limit)
+    corpus = data.without_repeats(data.load_bilingual(config.data, validation=text.validation, limit=text.limit))
     tokenizer = build_tokenizer(text.tokenizer, corpus)
     shape = {"context": config.model.context, "end_of_text": tokenizer.eos_token_id}
+    tokens = {"train": data.tokenize(corpus, tokenizer), "validation": data.tokenize(corpus, tokenizer, "validation")}
     rows = data.build_rows(
-        data.tokenize(corpus, tokenizer),
+        tokens["train"],
         **shape,
         forget=text.forget,
         adjacent=text.adjacent,
@@ -41,9 +43,9 @@ def load_data(config: Config) -> RemovalData:
     )
     forget = [text.forget] if isinstance(text.forget, str) else text.forget
     rest = [name for name in rows.categories if name not in (*forget, *text.adjacent)]
-    held_back = data.pack_categories(data.tokenize(corpus, tokenizer, "validation"), **shape)
+    held_back = data.pack_categories(tokens["validation"], **shape)
     roles = {"forget": forget, "adjacent": text.adjacent, "retain": rest}
-    return RemovalData.of(tokenizer, rows, held_back, roles, config)
+    return RemovalData.of(tokenizer, rows, held_back, roles, config, exploration(corpus, tokens))
 
 
 def main(config: Config) -> None:

@@ -19,6 +19,7 @@ from gradsurgery import data
 from gradsurgery.data.topics import ADJACENT, FORGET
 from gradsurgery.errors import DataError
 from gradsurgery.runs import TrainConfig, build_tokenizer, ending_in_a_sentence
+from gradsurgery.runs.exploration import exploration
 from gradsurgery.runs.pretrain import small_model
 from gradsurgery.runs.removal import ProtocolConfig, RemovalConfig, SgtmConfig, TextConfig
 from gradsurgery.runs.removal_models import build_method, build_model
@@ -65,12 +66,12 @@ def load_data(config: Config) -> RemovalData:
     corpus = data.without_repeats(data.group_topics(corpus, forget, text.adjacent))
     tokenizer = build_tokenizer(text.tokenizer, corpus)
     shape = {"context": config.model.context, "end_of_text": tokenizer.eos_token_id}
-    tokens = data.tokenize(corpus, tokenizer)
+    tokens = {"train": data.tokenize(corpus, tokenizer), "validation": data.tokenize(corpus, tokenizer, "validation")}
     near = ["adjacent"] if "adjacent" in corpus else []
-    rows = data.build_rows(tokens, **shape, forget="forget", adjacent=near, noise=labels.noise(), **shares)
-    held_back = data.pack_categories(data.tokenize(corpus, tokenizer, "validation"), **shape)
+    rows = data.build_rows(tokens["train"], **shape, forget="forget", adjacent=near, noise=labels.noise(), **shares)
+    held_back = data.pack_categories(tokens["validation"], **shape)
     roles = {role: [role] if role in corpus else [] for role in ROLES}
-    return RemovalData.of(tokenizer, rows, held_back, roles, config)
+    return RemovalData.of(tokenizer, rows, held_back, roles, config, exploration(corpus, tokens))
 
 
 def require_fit(about: dict[str, Any], config: Config, tokenizer: Any) -> None:

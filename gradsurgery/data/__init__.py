@@ -5,7 +5,9 @@ from gradsurgery.data.batches import MixedBatches, collate, drop_rows
 from gradsurgery.data.chat import ChatFormat, Turn, TurnSplit, load_chat, require_same_tokens
 from gradsurgery.data.chat_rows import ChatRows
 from gradsurgery.data.corpus import attribution, load_bilingual
+from gradsurgery.data.distinctive import distinctive_words
 from gradsurgery.data.documents import Document
+from gradsurgery.data.explore import Exploration, Explorer, explore_corpus
 from gradsurgery.data.kinds import load_kinds
 from gradsurgery.data.labels import Labels, Noise, label_rows
 from gradsurgery.data.ores import TopicIndex
@@ -23,6 +25,8 @@ __all__ = [
     "ChatFormat",
     "ChatRows",
     "Document",
+    "Exploration",
+    "Explorer",
     "Labels",
     "MixedBatches",
     "MixedSampler",
@@ -35,7 +39,9 @@ __all__ = [
     "attribution",
     "build_rows",
     "collate",
+    "distinctive_words",
     "drop_rows",
+    "explore_corpus",
     "group_topics",
     "label_rows",
     "load_articles",

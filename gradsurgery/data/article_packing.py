@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import torch
 
+from gradsurgery.data.explore import Explorer
 from gradsurgery.data.ores import TopicIndex
 from gradsurgery.errors import DataError
 
@@ -81,7 +82,13 @@ class ArticleSorter:
         return {name: -heap[0] for name, heap in smallest.items()}
 
     def write(
-        self, articles: Iterator[Mapping[str, Any]], out: Path, tokenizer: Any, context: int, last: Mapping[str, int]
+        self,
+        articles: Iterator[Mapping[str, Any]],
+        out: Path,
+        tokenizer: Any,
+        context: int,
+        last: Mapping[str, int],
+        explorer: Explorer | None = None,
     ) -> dict[str, Any]:
         """Pack each category's tokens as they come; at most one sequence's worth of each waits."""
         waiting: dict[tuple[str, str], list[int]] = {}
@@ -107,6 +114,8 @@ class ArticleSorter:
                 for (name, article), ids in zip(kept, tokens, strict=True):
                     side = SIDES[_hash(str(article["id"])) <= last[name]]
                     counts["articles"][side] += 1
+                    if explorer is not None:
+                        explorer.add(name, "train" if side == "train" else "validation", article["text"], len(ids))
                     buffer = waiting.setdefault((side, name), [])
                     buffer += [*ids, tokenizer.eos_token_id]
                     whole = len(buffer) // context

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from gradsurgery.data.article_packing import SIDES, ArticleSorter, Source, checked
+from gradsurgery.data.explore import Explorer
 from gradsurgery.data.labels import Noise, label_rows
 from gradsurgery.data.ores import TopicIndex
 from gradsurgery.data.rows import Rows
 from gradsurgery.errors import DataError
 from gradsurgery.files import read_json, write_json
-from gradsurgery.version import __version__
+from gradsurgery.formats import stamp, upgraded
 
+KIND = "prepared articles"
 FORGET = ("STEM.Biology",)
 ADJACENT = ("STEM.Earth_and_environment", "STEM.Chemistry", "STEM.Medicine_&_Health")
 
@@ -76,6 +78,7 @@ def prepare_articles(
     adjacent: Collection[str] = ADJACENT,
     test_articles: int = 5000,
     limit: int | None = None,
+    explorer: Explorer | None = None,
 ) -> Articles:
     """Choose test articles, tokenise, pack and write; articles without a topic are left out.
 
@@ -91,6 +94,8 @@ def prepare_articles(
             ``Culture``).
         test_articles: Held back from each category: those whose ids have the smallest hashes.
         limit: Articles to read, for a quick look.
+        explorer: Is told of every article that is written; ``Explorer(repeats=False)`` keeps memory constant, and
+            repeats are left out here anyway.
 
     Raises:
         DataError: unknown or empty categories, fewer articles than test articles, articles without id or text.
@@ -108,11 +113,11 @@ def prepare_articles(
     try:
         named = ArticleSorter(topics, forget, adjacent, beside / "seen.sqlite")
         last_test = named.choose(checked(articles, limit), test_articles)
-        counts = named.write(checked(articles, limit), beside, tokenizer, context, last_test)
+        counts = named.write(checked(articles, limit), beside, tokenizer, context, last_test, explorer)
         named.close()
         end = int(tokenizer.eos_token_id)
         about = {"categories": named.roles(), "context": context, "end_of_text": end, **counts}
-        write_json(beside / "manifest.json", {**about, "gradsurgery": __version__})
+        write_json(beside / "manifest.json", {**stamp(KIND), **about})
         os.replace(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -133,7 +138,8 @@ def load_articles(folder: str | Path) -> Articles:
         DataError: files of another size than it says.
     """
     folder = Path(folder)
-    about = read_json(folder / "manifest.json", "prepared articles")
+    path = folder / "manifest.json"
+    about = upgraded(read_json(path, KIND), KIND, path, "prepare the articles again", before=1)
     sequences, category = {}, {}
     for side in SIDES:
         count = int(about["sequences"][side])

@@ -23,6 +23,9 @@ from torch.nn.functional import cross_entropy
 from gradsurgery.errors import DataError
 from gradsurgery.evaluation.modes import evaluating
 
+CACHE = 2**30
+"""Bytes of activations that `calibrate` keeps at most instead of running the model again."""
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -59,7 +62,9 @@ def calibrate(
 ) -> Calibration:
     """Fit an output bias: AdamW without decay, the learning rate falling linearly to a tenth, one batch a category.
 
-    Defaults are the paper's code's. The model's weights, gradients and modes are left as they were.
+    Defaults are the paper's code's. The model's weights, gradients and modes are left as they were. Nothing below the
+    bias changes, so that what the output layer reads is computed once and kept, where that is little enough and the
+    model returns the layer's output as it is.
 
     Args:
         model: A causal language model after removal.
@@ -94,10 +99,16 @@ def calibrate(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=max(steps - 1, 1))
 
     def objective(step: int) -> Tensor:
-        losses = [weights[c] * _loss(model, _rows(ids, step, batch_size, device)) for c, ids in sequences.items()]
+        losses = []
+        for category, ids in sequences.items():
+            chosen = _rows(ids, step, batch_size)
+            batch = ids[chosen].to(device).long()
+            kept = None if hidden is None else hidden[category][chosen]
+            losses.append(weights[category] * _loss(model, batch, kept))
         return torch.stack(losses).sum()
 
     with evaluating(model), _frozen(model):
+        hidden = _read_by_output_layer(model, sequences, steps * batch_size, batch_size, device)
         before = float(objective(0))
         with _on_logits(model, bias, scale, exponent=True):
             for step in range(steps):
@@ -111,16 +122,52 @@ def calibrate(
     return Calibration(bias.detach(), float(torch.exp(-scale.detach())), (before, after))
 
 
-def _loss(model: Any, batch: Tensor) -> Tensor:
+def _logits(model: Any, batch: Tensor) -> Tensor:
     real = batch >= 0
     mask = {} if real.all() else {"attention_mask": real.long()}
-    logits = model(input_ids=batch.clamp(min=0), use_cache=False, **mask).logits[:, :-1].float()
-    return cross_entropy(logits.flatten(0, 1), batch[:, 1:].masked_fill(~real[:, 1:], -100).flatten())
+    return model(input_ids=batch.clamp(min=0), use_cache=False, **mask).logits  # type: ignore[no-any-return]
 
 
-def _rows(ids: Tensor, step: int, size: int, device: torch.device) -> Tensor:
+def _loss(model: Any, batch: Tensor, hidden: Tensor | None) -> Tensor:
+    logits = _logits(model, batch)[:, :-1] if hidden is None else _output_layer(model)(hidden[:, :-1])
+    return cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].masked_fill(batch[:, 1:] < 0, -100).flatten())
+
+
+def _rows(ids: Tensor, step: int, size: int) -> Tensor:
     chosen = torch.arange(step * size, (step + 1) * size) % len(ids)
-    return ids[chosen.unique() if len(ids) < size else chosen].to(device).long()
+    return chosen.unique() if len(ids) < size else chosen
+
+
+@torch.no_grad()
+def _read_by_output_layer(
+    model: Any, sequences: Mapping[str, Tensor], most: int, size: int, device: torch.device
+) -> dict[str, Tensor] | None:
+    """What the output layer reads at the first ``most`` sequences of each category, ``[sequences, length, width]``.
+
+    ``None`` where the model does more to the logits than that layer, or there would be more than `CACHE` of it.
+    """
+    used = {category: ids[:most] for category, ids in sequences.items()}
+    layer = _output_layer(model)
+    width = layer.weight.shape[1]  # type: ignore[union-attr,index,operator]
+    dtype_size = layer.weight.element_size()  # type: ignore[union-attr,operator]
+    if sum(ids.numel() for ids in used.values()) * width * dtype_size > CACHE:  # type: ignore[operator]
+        return None
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = layer.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    kept: dict[str, Tensor] = {}
+    try:
+        for category, ids in used.items():
+            read = []
+            for rows in ids.split(size):
+                seen.clear()
+                logits = _logits(model, rows.to(device).long())
+                if len(seen) != 1 or not torch.equal(seen[0][1], logits):
+                    return None
+                read.append(seen[0][0])
+            kept[category] = torch.cat(read)
+    finally:
+        handle.remove()
+    return kept
 
 
 def _output_layer(model: Any) -> nn.Module:

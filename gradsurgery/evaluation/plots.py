@@ -120,7 +120,10 @@ def _panels(count: int, what: str) -> tuple[Figure, list[Any]]:
 
 
 def _style(i: int) -> dict[str, Any]:
-    return {"color": COLOURS[i % 7], "linestyle": DASHES[i % 7], "marker": MARKERS[i % 7]}
+    """Colour, dash and marker of a series; after seven, other pairs of dash and marker (49 in all), markers open."""
+    turn = i // 7
+    style = {"color": COLOURS[i % 7], "linestyle": DASHES[(i + 2 * turn) % 7], "marker": MARKERS[(i + 3 * turn) % 7]}
+    return style | ({"markerfacecolor": "white"} if turn else {})
 
 
 def _has_after(runs: Mapping[str, Mapping[str, Mapping[str, float]]], index: int) -> bool:

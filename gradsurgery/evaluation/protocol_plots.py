@@ -22,8 +22,8 @@ def trade_off_plot(points: Mapping[str, Sequence[TradeOff]]) -> Figure:
     figure, (axes,) = _panels(1 if drawn else 0, "checkpoints")
     for i, (name, of) in enumerate(drawn.items()):
         x, y = [p.retain for p in of], [p.forget for p in of]
-        axes.plot(x, y, label=name, markersize=4, linewidth=1.2, **_series(i))
-        axes.plot(x[-1:], y[-1:], markersize=10, **_series(i))
+        axes.plot(x, y, label=name, markersize=4, linewidth=1.2, **_style(i))
+        axes.plot(x[-1:], y[-1:], markersize=10, **_style(i))
     axes.set(xlabel=f"retain {NATS}", ylabel=f"forget {NATS}", title="up and to the left is better")
     _side_legend(figure, [axes])
     return figure
@@ -44,7 +44,7 @@ def sweep_plot(
         for i, (name, points) in enumerate(of.items()):
             if points:
                 at, mean, spread = zip(*sorted(points), strict=True)
-                axes.errorbar(at, mean, yerr=spread, label=name, markersize=4, capsize=3, linewidth=1.2, **_series(i))
+                axes.errorbar(at, mean, yerr=spread, label=name, markersize=4, capsize=3, linewidth=1.2, **_style(i))
         positive = sorted({p[0] for points in of.values() for p in points if p[0] > 0})
         if positive and positive[-1] / positive[0] >= 20:
             axes.set_xscale("symlog", linthresh=positive[0])
@@ -63,7 +63,7 @@ def relearning_plot(curves: Mapping[str, Series], level: float | None = None) ->
     figure, (axes,) = _panels(1 if curves else 0, "curves")
     for i, (name, points) in enumerate(curves.items()):
         steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, label=name, markersize=4, linewidth=1.2, **_series(i))
+        axes.plot(steps, losses, label=name, markersize=4, linewidth=1.2, **_style(i))
     if level is not None:
         axes.axhline(level, color="#7F7F7F", linestyle=(0, (2, 2)), label="no filter")
     axes.set(xlabel="finetuning step", ylabel=f"forget {NATS}")
@@ -92,7 +92,7 @@ def density_plot(densities: Mapping[str, Mapping[str, Sequence[float]]], at: Seq
     for axes, (panel, of) in zip(panels, densities.items(), strict=True):
         for i, (name, values) in enumerate(of.items()):
             every = max(1, len(at) // 8)
-            axes.plot(at, values, label=name, markersize=4, markevery=(i % every, every), linewidth=1.2, **_series(i))
+            axes.plot(at, values, label=name, markersize=4, markevery=(i % every, every), linewidth=1.2, **_style(i))
         axes.set(title=panel, xlabel=x, ylabel="density")
     _side_legend(figure, panels)
     return figure
@@ -117,15 +117,6 @@ def heat_map(values: Mapping[tuple[float, float], float], x: str, y: str, unit: 
     axes.set(xlabel=x, ylabel=y, title=title)
     figure.colorbar(image, label=unit)
     return figure
-
-
-def _series(i: int) -> dict[str, Any]:
-    """Colour, dash and marker; after seven series the same colours with other dashes and open markers."""
-    style, turn = _style(i), i // 7
-    if turn:
-        style |= {key: _style(i + turn * by)[key] for key, by in (("linestyle", 2), ("marker", 3))}
-        style["markerfacecolor"] = "white"
-    return style
 
 
 def _side_legend(figure: Figure, panels: Sequence[Any]) -> None:

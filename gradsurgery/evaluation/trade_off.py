@@ -93,5 +93,20 @@ def retain_gap(points: Sequence[TradeOff], reference: Sequence[TradeOff], levels
     return sum(gaps) / len(gaps) if gaps else None
 
 
+def forget_gap(points: Sequence[TradeOff], reference: Sequence[TradeOff], levels: int = 33) -> float | None:
+    """How far a curve lies above a reference: mean difference of forget losses over the retain losses both reach.
+
+    Positive: more forget loss than the reference at the same retain loss. ``None`` where they share no retain loss.
+
+    Example:
+        >>> from gradsurgery.evaluation import TradeOff, forget_gap
+        >>> mine, other = [TradeOff(1, 9.0, 6.0), TradeOff(2, 8.0, 4.0)], [TradeOff(1, 8.0, 6.0), TradeOff(2, 6.0, 5.0)]
+        >>> forget_gap(mine, other)                                    # by 1 at 6, by 2.5 at 5, linear between them
+        1.75
+    """
+    mine, other = ([TradeOff(p.step, forget=p.retain, retain=-p.forget) for p in of] for of in (points, reference))
+    return retain_gap(mine, other, levels)
+
+
 def _names(given: str | Iterable[str]) -> list[str]:
     return [given] if isinstance(given, str) else list(given)

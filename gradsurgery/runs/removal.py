@@ -103,8 +103,12 @@ class ProtocolConfig:
     Args:
         calibration: Steps of fitting the output bias after removal; 0 for none.
         calibration_retain: Weight of the retain loss in it (alpha). Forget and adjacent weigh 1.
+        calibration_rate: Its learning rate, which falls linearly to a tenth.
+        calibration_rows: Sequences of each category in a step of it.
+        calibrate_checkpoints: Calibrate at every checkpoint of the trade-off, not only in the end.
         relearn: Steps of relearning at most, after removal, until the forget loss is that of ``plain``; 0 for none.
         relearn_every: Steps between its measurements.
+        relearn_rows: Held-back sequences of each kind in a measurement; the level is that of ``plain`` on the same.
         relearn_rate: Its learning rate.
         token_losses: Distribution of the losses of single tokens.
         trade_off: Draw forget against retain loss along the checkpoints.
@@ -112,8 +116,12 @@ class ProtocolConfig:
 
     calibration: int = 0
     calibration_retain: float = 100.0
+    calibration_rate: float = 1e-2
+    calibration_rows: int = 16
+    calibrate_checkpoints: bool = True
     relearn: int = 0
     relearn_every: int = 5
+    relearn_rows: int = 128
     relearn_rate: float = 5e-4
     token_losses: bool = False
     trade_off: bool = False

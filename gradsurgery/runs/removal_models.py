@@ -58,12 +58,14 @@ def variant_of(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def require_models(names: list[str]) -> None:
-    """Raise a `PlanError` for models that do not exist, or that come before what they start from."""
+def require_models(names: list[str], relearn: bool = False) -> None:
+    """Raise a `PlanError` for models that do not exist, or that come before what they start from or are held to."""
     for k, name in enumerate(names):
         after = variant_of(name).after
         if after is not None and after not in names[:k]:
             raise PlanError(f"{name} starts from the finished model of {after!r}: put {after} before it in models.")
+    if relearn and names[:1] != ["plain"]:
+        raise PlanError("relearning ends at the forget loss of plain: put plain first in models, or set relearn to 0.")
     if not names or len(set(names)) < len(names):
         raise PlanError(f"models names each model once, and at least one; given are {', '.join(names) or 'none'}.")
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from gradsurgery.runs.exploration import write_exploration
 from gradsurgery.runs.folder import RunFolder
 from gradsurgery.runs.removal import RemovalConfig
 from gradsurgery.runs.removal_models import require_models
@@ -26,9 +27,11 @@ def run_removal(config: Config, load: Callable[[Config], RemovalData], title: st
     """Load the data, train and probe every model, report; what the run's folder has is not done again."""
     started = time.perf_counter()
     rank = int(os.environ.get("RANK", "0"))
-    require_models(config.models)
+    require_models(config.models, bool(config.protocols.relearn))
     folder = RunFolder(f"{config.out}/{run_name(config)}", deciding(config), config.overwrite, main=rank == 0)
     loaded = load(config)
+    if rank == 0 and loaded.explore is not None and not (folder / "data.json").is_file():
+        write_exploration(folder.path, loaded.explore(), f"{title}: the corpus", folder.config)
     for name in config.models:
         run_model(name, config, folder, loaded)
     if rank == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gradsurgery import evaluation
 from gradsurgery.anatomy import Units
-from gradsurgery.data import MixedSampler, Rows
+from gradsurgery.data import Exploration, MixedSampler, Rows
 from gradsurgery.errors import DataError
 from gradsurgery.runs.folder import RunFolder
 from gradsurgery.runs.metrics import Scorer
@@ -39,6 +39,7 @@ class RemovalData:
         held_back: Category -> sequences of the evaluation.
         calibration: The same for calibrating; other sequences.
         roles: ``"forget"``, ``"adjacent"``, ``"retain"`` -> categories.
+        explore: Explores the corpus, where that was not done when it was prepared.
     """
 
     tokenizer: Any
@@ -46,6 +47,7 @@ class RemovalData:
     held_back: dict[str, Tensor]
     calibration: dict[str, Tensor]
     roles: dict[str, list[str]]
+    explore: Callable[[], Exploration] | None = None
 
     @classmethod
     def of(
@@ -55,6 +57,7 @@ class RemovalData:
         held_back: Mapping[str, Tensor],
         roles: Mapping[str, Any],
         config: RemovalConfig,
+        explore: Callable[[], Exploration] | None = None,
     ) -> RemovalData:
         """Deal held-back sequences: the first ``text.test_rows`` evaluate, those after them calibrate.
 
@@ -68,20 +71,20 @@ class RemovalData:
             if not count:
                 raise DataError(f"{name} has {len(ids)} held-back sequence: too few to calibrate and to evaluate.")
             test[name], calibration[name] = ids[:count], ids[count:]
-        return cls(tokenizer, rows, test, calibration, {role: list(names) for role, names in roles.items()})
+        return cls(tokenizer, rows, test, calibration, {role: list(of) for role, of in roles.items()}, explore)
 
-    def mean(self, losses: Mapping[str, float], role: str) -> float:
-        """Mean loss over the categories of a role."""
-        found = [losses[name] for name in self.roles[role] if name in losses]
-        return sum(found) / len(found) if found else float("nan")
-
-    def together(self, role: str, of: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([of[name] for name in self.roles[role] if name in of])
+    def sample(self, role: str, most: int) -> Tensor:
+        """Held-back sequences of a role, at most so many, spread evenly over its categories."""
+        return _spread(torch.cat([self.held_back[name] for name in self.roles[role]]), most)
 
     def training(self, role: str, most: int) -> Tensor:
         """Training sequences of a role, whatever their labels; at most so many, spread evenly."""
         members = torch.cat([self.rows.of(name) for name in self.roles[role]])
-        return self.rows.input_ids[members[:: max(len(members) // most, 1)][:most]]
+        return self.rows.input_ids[_spread(members, most)]
+
+
+def _spread(rows: Tensor, most: int) -> Tensor:
+    return rows[:: max(len(rows) // most, 1)][:most]
 
 
 def losses_of(model: PreTrainedModel, held_back: Mapping[str, Tensor]) -> dict[str, float]:
@@ -127,7 +130,7 @@ def run_model(name: str, config: RemovalConfig, folder: RunFolder, loaded: Remov
         ablate_(model, forget)
         result["after"] = losses_of(model, loaded.held_back)
         save(model, loaded.tokenizer, folder, f"{name}_removed")
-    result |= probe(name, model, config, folder, loaded, result)
+    result |= probe(name, model, config, folder, loaded)
     folder.store(name, result)
 
 
@@ -140,7 +143,8 @@ def scorer(config: RemovalConfig, loaded: RemovalData, forget: Units | None) -> 
         with applied(model, zero(forget)) if forget is not None else nullcontext():
             if forget is not None:
                 found |= {f"removed/{category}": loss for category, loss in losses_of(model, sample).items()}
-            if config.protocols.calibration and config.protocols.trade_off:
+            options = config.protocols
+            if options.calibration and options.trade_off and options.calibrate_checkpoints:
                 with calibrated(model, config, loaded).applied(model):
                     found |= {f"calibrated/{category}": loss for category, loss in losses_of(model, sample).items()}
         return found
@@ -153,7 +157,15 @@ def calibrated(model: PreTrainedModel, config: RemovalConfig, loaded: RemovalDat
     by_role = {"forget": 1.0, "adjacent": 1.0, "retain": config.protocols.calibration_retain}
     weights = {name: by_role[role] / len(names) for role, names in loaded.roles.items() for name in names}
     weights = {name: weights[name] for name in loaded.calibration}
-    return evaluation.calibrate(model, loaded.calibration, weights, steps=config.protocols.calibration)
+    options = config.protocols
+    return evaluation.calibrate(
+        model,
+        loaded.calibration,
+        weights,
+        steps=options.calibration,
+        learning_rate=options.calibration_rate,
+        batch_size=options.calibration_rows,
+    )
 
 
 def strict_rows(loaded: RemovalData) -> Rows:
@@ -177,12 +189,7 @@ def tokens_seen(rows: Rows, sampler: MixedSampler, steps: int, forget: list[str]
 
 
 def probe(
-    name: str,
-    model: PreTrainedModel,
-    config: RemovalConfig,
-    folder: RunFolder,
-    loaded: RemovalData,
-    result: Mapping[str, Any],
+    name: str, model: PreTrainedModel, config: RemovalConfig, folder: RunFolder, loaded: RemovalData
 ) -> dict[str, Any]:
     """The protocols that are asked for, on the model after removal."""
     options = config.protocols
@@ -194,16 +201,18 @@ def probe(
         tokens = evaluation.token_losses(model, loaded.held_back)
         at = {category: evaluation.density(of, GRID).tolist() for category, of in tokens.items()}
         out["token_losses"] = {"at": GRID.tolist(), "density": at}
-    plain = result if name == "plain" else folder.results().get("plain")
-    if options.relearn and plain is not None and name != "plain":
+    held_back = tuple(loaded.sample(role, options.relearn_rows) for role in ("forget", "retain"))
+    if options.relearn and name == "plain":
+        out["relearn_level"] = losses_of(model, {"forget": held_back[0]})["forget"]
+    elif options.relearn:
         most = options.relearn * 8  # half of a batch is of each role, and no sequence comes twice
         relearned = evaluation.relearn(
             model,
             None,
             loaded.training("forget", most),
             loaded.training("retain", most),
-            loaded.mean(plain["before"], "forget"),
-            held_back=tuple(loaded.together(role, loaded.held_back)[:128] for role in ("forget", "retain")),  # type: ignore[arg-type]
+            folder.results()["plain"]["relearn_level"],
+            held_back=held_back,  # type: ignore[arg-type]
             steps=options.relearn,
             every=options.relearn_every,
             lr=options.relearn_rate,

@@ -5,6 +5,12 @@
     grid: {labels.undiscovered: [0.0, 0.01, 0.1, 0.4]}
     seeds: [0, 1, 2]
 
+A list of grids runs the cells of each, so that what is the same in many settings is trained once:
+
+    grid:
+      - {labels.undiscovered: [0.0], models: [[plain, data_filter, sgtm]]}
+      - {labels.undiscovered: [0.1, 0.4], models: [[data_filter, sgtm]]}
+
 `gradsurgery.runs.sweep` runs them.
 """
 
@@ -37,7 +43,7 @@ class Sweep:
     Attributes:
         recipe: Its file.
         fixed: Option -> value, the same in every cell.
-        grid: Option -> values; cells are all combinations.
+        grids: Option -> values, each; cells are all combinations of one grid, grid after grid.
         seeds: Each cell is run once with each.
         out: Folder of the sweep: ``runs/``, ``logs/``, ``report.html``.
     """
@@ -45,15 +51,26 @@ class Sweep:
     recipe: Path
     out: Path
     fixed: dict[str, Any] = field(default_factory=dict)
-    grid: dict[str, list[Any]] = field(default_factory=dict)
+    grids: tuple[dict[str, list[Any]], ...] = ({},)
     seeds: tuple[int, ...] = (0,)
     title: str = "Sweep"
 
     def cells(self) -> list[Cell]:
         """All runs, seeds innermost."""
-        combinations = itertools.product(*self.grid.values())
-        settings = [dict(zip(self.grid, values, strict=True)) for values in combinations]
+        settings = [
+            dict(zip(grid, values, strict=True)) for grid in self.grids for values in itertools.product(*grid.values())
+        ]
         return [Cell(self, setting, seed) for setting in settings for seed in self.seeds]
+
+    def varied(self) -> set[str]:
+        """Options that tell results apart: not ``models``, and not those that only one grid sets, to one value."""
+        values: dict[str, set[str]] = {}
+        for grid in self.grids:
+            for key, of in grid.items():
+                values.setdefault(key, set()).update(map(_text, of))
+        return {
+            key for key, of in values.items() if key != "models" and (len(of) > 1 or all(key in g for g in self.grids))
+        }
 
 
 @dataclass(frozen=True)
@@ -69,8 +86,14 @@ class Cell:
         return {**self.sweep.fixed, **self.setting, "seed": self.seed}
 
     @property
+    def point(self) -> dict[str, Any]:
+        """The setting as results are grouped by it: see `Sweep.varied`."""
+        varied = self.sweep.varied()
+        return {key: value for key, value in self.setting.items() if key in varied}
+
+    @property
     def name(self) -> str:
-        words = "-".join(f"{key.rpartition('.')[2]}{_short(value)}" for key, value in self.setting.items())
+        words = "-".join(f"{key.rpartition('.')[2]}{_short(value)}" for key, value in self.point.items())
         return f"{words}-seed{self.seed}-{digest(self.options)}".lstrip("-")
 
     @property
@@ -111,18 +134,21 @@ def read_sweep(path: str | Path, out: str | Path | None = None) -> Sweep:
     recipe = next((p for p in (Path(given["recipe"]), path.parent / given["recipe"]) if p.is_file()), None)
     if recipe is None:
         raise DataError(f"{path}: the recipe {given['recipe']} is no file.")
-    known = _options(load_recipe(recipe).Config())
-    fixed, grid = _flat(path, given.get("fixed") or {}, known), given.get("grid") or {}
+    config = load_recipe(recipe).Config()
+    known = _options(config)
+    fixed, grids = _flat(path, given.get("fixed") or {}, known), given.get("grid") or {}
+    grids = grids if isinstance(grids, list) else [grids]
     seeds = given.get("seeds", [0])
-    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+    if not all(isinstance(g, dict) and all(isinstance(v, list) and v for v in g.values()) for g in grids):
         raise DataError(f"{path}: grid takes options with a list of values each, none of them empty.")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise DataError(f"{path}: seeds is a list of whole numbers, not {seeds!r}.")
-    if len(set(seeds)) < len(seeds) or any(len({_text(v) for v in of}) < len(of) for of in grid.values()):
-        raise DataError(f"{path}: a seed or a value of the grid is there twice, and would be one run.")
-    _check_options(path, recipe, known, fixed, grid)
+    for grid in grids:
+        _check_options(path, recipe, known, fixed, grid)
     folder = Path(out or given.get("out") or Path("runs/sweeps") / path.stem)
-    return Sweep(recipe, folder, fixed, grid, tuple(seeds), given.get("title") or path.stem)
+    sweep = Sweep(recipe, folder, fixed, tuple(grids), tuple(seeds), given.get("title") or path.stem)
+    _require_distinct(path, sweep.cells(), getattr(config, "models", []))
+    return sweep
 
 
 def load_recipe(path: Path) -> ModuleType:
@@ -136,6 +162,21 @@ def load_recipe(path: Path) -> ModuleType:
     if not is_dataclass(getattr(module, "Config", None)):
         raise DataError(f"{path} is no recipe: it has no dataclass Config.")
     return module
+
+
+def _require_distinct(path: Path, cells: list[Cell], models: list[str]) -> None:
+    """Raise where two cells are one run, or would be one result although they have other options."""
+    if len({_text(cell.options) for cell in cells}) < len(cells):
+        raise DataError(f"{path}: a seed or a value of the grid is there twice, and would be one run.")
+    for a, b in itertools.combinations(cells, 2):
+        if (a.point, a.seed) == (b.point, b.seed):
+            shared = set(a.options.get("models", models)) & set(b.options.get("models", models))
+            other = sorted(k for k in {*a.options, *b.options} - {"models"} if a.options.get(k) != b.options.get(k))
+            if shared and other:
+                raise DataError(
+                    f"{path}: two grids train {', '.join(sorted(shared))} with and without {', '.join(other)}, and "
+                    f"would be one result: give {other[0]} in every grid."
+                )
 
 
 def _check_options(

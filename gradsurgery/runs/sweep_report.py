@@ -16,6 +16,7 @@ from gradsurgery.runs.sweep_results import (
     Setting,
     by,
     collect,
+    gap_rows,
     leakage_rows,
     leakages,
     loss_rows,
@@ -43,6 +44,7 @@ def write_sweep_report(sweep: Sweep) -> str:
     bars, penalty_rows = penalties(found)
     tables = {
         "Losses (nats per token, held back; mean ± standard deviation over seeds)": rows,
+        "Trade-off along the checkpoints (means over the losses that both curves reach)": gap_rows(found),
         "Leakage (equation 1; data filtering has 1)": leakage_rows(found),
         "Relearning: steps until the forget loss is that of plain training": relearning_rows(found),
         "Compute penalty, as a share of the FLOPs of plain training": penalty_rows,
@@ -55,7 +57,7 @@ def write_sweep_report(sweep: Sweep) -> str:
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for k, (caption, figure) in enumerate(figures.items()):
         figure.savefig(folder / "plots" / f"{k + 1}_{_words(caption)}.png")
-    config = {"recipe": str(sweep.recipe), "fixed": sweep.fixed, "grid": sweep.grid, "seeds": list(sweep.seeds)}
+    config = {"recipe": str(sweep.recipe), "fixed": sweep.fixed, "grid": list(sweep.grids), "seeds": list(sweep.seeds)}
     evaluation.write_report(
         folder / "report.html",
         title=sweep.title,
@@ -64,7 +66,8 @@ def write_sweep_report(sweep: Sweep) -> str:
         figures=figures,
         notes=[f"{len({(f.key, f.seed) for f in found})} of {len(sweep.cells())} runs."],
     )
-    write_text(folder / "table.md", "\n\n".join(evaluation.table(of, "markdown") for of in tables.values()) + "\n")
+    parts = (f"## {heading}\n\n{evaluation.table(of, 'markdown')}\n" for heading, of in tables.items())
+    write_text(folder / "table.md", "\n".join(parts))
     return evaluation.table(rows)
 
 

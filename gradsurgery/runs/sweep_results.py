@@ -45,18 +45,20 @@ class Found:
 
 
 def collect(cells: Iterable[Cell]) -> list[Found]:
-    """The results of finished cells, model by model."""
-    out = []
+    """The results of finished cells, model by model; a model that several cells of one setting have counts once."""
+    out: dict[Any, Found] = {}
     for cell in cells:
         folder = RunFolder(cell.path, {}, main=False)
-        key = tuple((name, str(value)) for name, value in cell.setting.items())
+        setting = cell.point
+        key = tuple((name, str(value)) for name, value in setting.items())
         results = folder.results()
         roles = next(iter(results.values()))["roles"] if results else {}
         curves = trade_offs(folder.metrics, roles) if results else {}
-        out += [Found(cell.setting, key, cell.seed, n, r, curves.get(n, [])) for n, r in results.items()]
+        for name, result in results.items():
+            out.setdefault((key, cell.seed, name), Found(setting, key, cell.seed, name, result, curves.get(name, [])))
     if not out:
         raise DataError("the sweep has no result yet: run it first.")
-    return out
+    return list(out.values())
 
 
 def by(found: Iterable[Found], *, model: bool = True) -> dict[tuple[Setting, str], list[Found]]:
@@ -128,6 +130,33 @@ def leakage_rows(found: Sequence[Found]) -> list[dict[str, Any]]:
         value = shown(spread(leak.value for _, leak in group), 4)
         mark = "" if bounds == {"="} else f" ({', '.join(str(leak) for _, leak in group)})"
         rows.append({**group[0][0].setting, "model": model, "leakage": f"{value}{mark}", "seeds": len(group)})
+    return rows
+
+
+def gap_rows(found: Sequence[Found]) -> list[dict[str, Any]]:
+    """How far the trade-off curves lie left of the filters' (and above them), seed by seed at the same setting."""
+    rows = []
+    curves = {(one.key, one.seed, one.model): one.curve for one in found if one.curve}
+    for (key, model), group in by(found).items():
+        for filtered in ("data_filter", "strict_filter"):
+            pairs = [(one.curve, curves.get((key, one.seed, filtered))) for one in group if one.curve]
+            if model in ("plain", "data_filter", "strict_filter") or not any(other for _, other in pairs):
+                continue
+            left, above = (
+                [gap(mine, other) if other else None for mine, other in pairs]
+                for gap in (evaluation.retain_gap, evaluation.forget_gap)
+            )
+            known = [gap for gap in left if gap is not None]
+            rows.append(
+                {
+                    **group[0].setting,
+                    "model": model,
+                    "against": filtered,
+                    "retain loss less at equal forget loss": shown(spread(left)),
+                    "left in": f"{sum(gap > 0 for gap in known)} of {len(known)}",
+                    "forget loss more at equal retain loss": shown(spread(above)),
+                }
+            )
     return rows
 
 

@@ -18,6 +18,7 @@ peft = pytest.importorskip("peft")
 def peft_model(name: str = "llama", **second: Any) -> Any:
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"] if name == "gpt2" else ["q_proj", "v_proj"]}
     config |= {"fan_in_fan_out": True} if name == "gpt2" else {}
+    torch.manual_seed(0)  # PEFT draws its factors from the global generator
     model = peft.get_peft_model(model_of(name, torch.float64), peft.LoraConfig(**config), adapter_name="public")
     model.add_adapter("waste", peft.LoraConfig(**{**config, **second}))
     return model.double()

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import random
+import tracemalloc
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsurgery.data import Noise, TopicIndex, load_articles, load_tokenizer, prepare_articles, stream_articles
+from gradsurgery.data import (
+    Explorer,
+    Noise,
+    TopicIndex,
+    load_articles,
+    load_tokenizer,
+    prepare_articles,
+    stream_articles,
+)
 from gradsurgery.data.article_packing import _hash
 from gradsurgery.data.ores import COLUMNS
 from gradsurgery.errors import ArtefactError, DataError
@@ -184,10 +193,30 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, index: TopicIndex)
     for pages in (300, 3000):
         gc.collect()
         Counted.most = Counted.alive
-        options: dict[str, Any] = {"context": 16, "test_articles": 5, **ROLES}
+        options: dict[str, Any] = {"context": 16, "test_articles": 5, "explorer": Explorer(repeats=False), **ROLES}
         prepare_articles(partial(source, pages), index, tmp_path / str(pages), load_tokenizer(), **options)
         most[pages] = Counted.most
     assert most[3000] == most[300] <= 2 * 64 + 2  # one batch, and the next as it comes
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_corpus(tmp_path: Path, index: TopicIndex) -> None:
+    """Bytes that Python holds at most, with ten times the articles."""
+    tokenizer, peaks = load_tokenizer(), {}
+    long = " ".join(random.Random(0).choices(["heaven", "and", "earth", "was", "void"], k=400))
+    options: dict[str, Any] = {"context": 64, "test_articles": 5, **ROLES}
+    for pages in (100, 300, 3000):  # the first warms up
+        gc.collect()
+        tracemalloc.start()
+
+        def source(pages: int = pages) -> Iterator[dict[str, str]]:
+            return ({"id": str(p), "text": f"{p} {long}"} for p in range(pages))
+
+        explorer = Explorer(repeats=False)
+        prepare_articles(source, index, tmp_path / str(pages), tokenizer, explorer=explorer, **options)
+        peaks[pages] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks[3000] - peaks[300] < 0.05 * 2700 * len(long), peaks  # of the text that there is more
 
 
 def test_refusals(tmp_path: Path, index: TopicIndex) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradsurgery.errors import DataError
-from gradsurgery.evaluation import calibrate, evaluate
+from gradsurgery.evaluation import calibrate, calibration, evaluate
 from tests.surgery.tiny import VOCABULARY, build, weights
 
 ROWS = {"forget": torch.randint(3, 30, (6, 8)), "retain": torch.randint(20, VOCABULARY, (9, 8))}
@@ -50,6 +50,41 @@ def test_equals_a_rebuilt_model_and_leaves_everything_as_it_was(kind):
     with found.applied(model):
         assert evaluate(model, ROWS) != plain
     assert evaluate(model, ROWS) == plain
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neo"])
+def test_kept_activations_change_nothing(kind, monkeypatch):
+    """The model runs once for each sequence, however many steps; without room for that in every step."""
+    model, runs = build(kind), []
+    rows = {"forget": ROWS["forget"].clone(), "retain": ROWS["retain"]}
+    rows["forget"][:2, 5:] = -1
+    model.register_forward_pre_hook(lambda _, args, kwargs: runs.append(len(kwargs["input_ids"])), with_kwargs=True)
+    kept = calibrate(model, rows, WEIGHTS, steps=30, batch_size=4, temperature=True)
+    assert sum(runs) == 6 + 9
+    monkeypatch.setattr(calibration, "CACHE", 100)
+    again = calibrate(model, rows, WEIGHTS, steps=30, batch_size=4, temperature=True)
+    assert sum(runs) > 30 * 8
+    torch.testing.assert_close(kept.bias, again.bias, rtol=1e-4, atol=1e-5)
+    assert kept.temperature == pytest.approx(again.temperature, rel=1e-4)
+    assert kept.objective == pytest.approx(again.objective, rel=1e-4)
+
+
+def test_logits_that_the_model_changes_are_not_kept():
+    """Capped logits: the bias is added before the cap, as the output layer's own would be."""
+    model = build("llama")
+    layer = model.lm_head
+    stock: Any = type(model)
+
+    class Capped(stock):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = 2 * torch.tanh(out.logits / 2)
+            return out
+
+    model.__class__ = Capped
+    found = calibrate(model, ROWS, WEIGHTS, steps=7, batch_size=4)
+    torch.testing.assert_close(found.bias, rebuilt(model, ROWS, 7, 4), rtol=1e-4, atol=1e-6)
+    assert not layer._forward_hooks
 
 
 def test_finds_the_optimum_where_it_is_known():

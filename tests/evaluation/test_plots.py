@@ -4,7 +4,7 @@ from matplotlib.colors import to_rgb
 
 from gradsurgery.errors import DataError
 from gradsurgery.evaluation import grad_norm_plot, loss_bars, training_curves
-from gradsurgery.evaluation.plots import AFTER, BEFORE, COLOURS, DASHES, MARKERS
+from gradsurgery.evaluation.plots import AFTER, BEFORE, COLOURS, DASHES, MARKERS, _style
 
 LOSSES = {
     "unmasked": {"before": {"en": 4.5, "es": 4.6}},
@@ -23,6 +23,9 @@ def names(figure):
 
 def test_series_differ_without_colour():
     assert len({(dash, marker) for dash, marker in zip(DASHES, MARKERS, strict=True)}) == len(COLOURS) == 7
+    styles = [_style(i) for i in range(49)]
+    assert len({(style["linestyle"], style["marker"]) for style in styles}) == 49
+    assert [style.get("markerfacecolor") for style in styles] == [None] * 7 + ["white"] * 42
     assert abs(lightness(BEFORE) - lightness(AFTER)) > 0.3
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsurgery.errors import DataError
-from gradsurgery.evaluation import TradeOff, retain_at, retain_gap, trade_off
+from gradsurgery.evaluation import TradeOff, forget_gap, retain_at, retain_gap, trade_off
 
 LOSS = st.integers(0, 40).map(lambda k: k / 4)
 POINTS = st.lists(st.tuples(LOSS, LOSS), min_size=1, max_size=6).map(
@@ -51,6 +51,19 @@ def test_retain_at_is_the_lowest_point_of_the_line_at_that_level(points, level):
 def test_a_shift_to_the_right_is_the_gap(points, shift):
     moved = [TradeOff(p.step, p.forget, p.retain + shift) for p in points]
     assert retain_gap(points, moved) == pytest.approx(shift, abs=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(points=POINTS, shift=st.integers(-8, 8).map(lambda k: k / 4))
+def test_a_shift_downwards_is_the_other_gap(points, shift):
+    moved = [TradeOff(p.step, p.forget - shift, p.retain) for p in points]
+    assert forget_gap(points, moved) == pytest.approx(shift, abs=1e-9)
+
+
+def test_the_upper_branch_counts():
+    """At retain loss 5 the first curve passes forget losses 9 and 5, the other has 6."""
+    mine = [TradeOff(1, 9.0, 5.0), TradeOff(2, 7.0, 4.0), TradeOff(3, 5.0, 5.0)]
+    assert forget_gap(mine, [TradeOff(1, 6.0, 5.0)]) == 3.0 and forget_gap(mine, [TradeOff(1, 6.0, 9.0)]) is None
 
 
 def test_refusals():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -58,6 +59,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out / "run", done.stdout
 
 
+def test_held_back_text_that_is_trained_on_is_left_out(tmp_path: Path) -> None:
+    """Each text stands in the file twice, under ids that the split deals to either side."""
+    for language in ("en", "es"):
+        texts = [f"{language} {k % 40} in the beginning was the word" for k in range(80)]
+        rows = [{"id": str(k), "text": text} for k, text in enumerate(texts)]
+        (tmp_path / f"{language}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = runpy.run_path(str(ROOT / "recipes/sgtm_bilingual.py"), run_name="recipe")
+    config = recipe["Config"](data=str(tmp_path))
+    config.text.validation, config.model.context = 0.3, 8
+    with pytest.warns(UserWarning, match="held-back documents are left out"):
+        loaded = recipe["load_data"](config)
+    assert loaded.explore().repeats == [] and all(len(ids) for ids in loaded.held_back.values())
+
+
 def test_a_run_leaves_everything(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     assert {p.name for p in folder.iterdir()} >= {
@@ -65,6 +80,8 @@ def test_a_run_leaves_everything(finished: tuple[Path, str]) -> None:
         "metrics.jsonl",
         "results.json",
         "report.html",
+        "data.html",
+        "data.json",
         "models",
     }
     assert {p.name for p in (folder / "plots").iterdir()} == {"losses.png", "curves.png", "grad_norms.png"}

@@ -109,6 +109,9 @@ def test_every_model_is_trained_probed_and_reported(finished: Path) -> None:
         assert len(result["token_losses"]["density"]["forget"]) == len(result["token_losses"]["at"])
         assert result["tokens"]["forget"] == 4 * 32 * (2 if VARIANTS[name].after else 4)
     assert results["rmu"]["before"] == results["npo"]["before"] == results["plain"]["before"]
+    explored = json.loads((finished / "data.json").read_text())
+    assert {row["category"] for row in explored["sizes"]} == {"forget", "adjacent", "retain"} == set(explored["words"])
+    assert explored["repeats"] == [] and "No held-back text" in (finished / "data.html").read_text(encoding="utf-8")
     report = (finished / "report.html").read_text(encoding="utf-8")
     assert report.count("data:image/png;base64,") == 6 and "https://" not in report
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -177,6 +180,10 @@ def test_prepared_articles(recipe: ModuleType, tmp_path: Path, capsys: pytest.Ca
     script.main(**files, out=str(tmp_path / "wiki"), tokenizer="embedded", context=32, **options)
     assert ["STEM.Biology", "forget"] in [line.split() for line in capsys.readouterr().out.splitlines()]
     assert (tmp_path / "t.csv.enwiki.index").is_file()
+    explored = json.loads((tmp_path / "wiki" / "data.json").read_text())
+    documents = {(row["category"], row["side"]): row["documents"] for row in explored["sizes"]}
+    assert documents["STEM.Biology", "validation"] == 20 == documents["Culture", "validation"]
+    assert "Articles by topic" in (tmp_path / "wiki" / "data.html").read_text(encoding="utf-8")
     config = configured(recipe, tmp_path, data=tmp_path / "wiki", rows=8, models=["sgtm"])
     recipe.main(config)
     result = json.loads((tmp_path / "run" / "results.json").read_text())["sgtm"]
@@ -191,6 +198,7 @@ def test_bad_input(recipe: ModuleType, tmp_path: Path, small: Path) -> None:
         ({"models": ["sgtm", "rmu"]}, PlanError, "put plain before it"),
         ({"models": ["sgmt"]}, PlanError, "not 'sgmt'"),
         ({"models": []}, PlanError, "at least one"),
+        ({"models": ["sgtm", "plain"], "protocols__relearn": 2}, PlanError, "put plain first"),
         ({"text__forget": ["animals"]}, DataError, "near ones: animal"),
         ({"text__adjacent": [], "models": ["strict_filter"]}, DataError, "strict_filter"),
         ({"labels__tpr": 2.0}, DataError, "tpr=2.0"),

@@ -19,7 +19,7 @@ from gradsurgery.evaluation import ScalingCurve
 from gradsurgery.runs import sweep as module
 from gradsurgery.runs.sweep import finished, read_sweep, run_sweep
 from gradsurgery.runs.sweep_report import draw, write_sweep_report
-from gradsurgery.runs.sweep_results import collect, leakages, loss_rows, penalties
+from gradsurgery.runs.sweep_results import collect, gap_rows, leakages, loss_rows, penalties
 from gradsurgery.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +119,36 @@ def test_cells_are_all_combinations_with_every_seed(tmp_path: Path) -> None:
     assert cells[0].command(ranks=2)[1:3] == ["-m", "torch.distributed.run"]
 
 
+def test_a_list_of_grids_trains_once_what_settings_share(tmp_path: Path) -> None:
+    """Plain training is the same whatever carries a label: one cell has it, and the others are measured against it."""
+    grids = [
+        {"labels.undiscovered": [0.0], "models": [["plain", "data_filter", "sgtm"]], "sleep": [0.01]},
+        {"labels.undiscovered": [0.1, 0.5], "models": [["data_filter", "sgtm"]]},
+        {"labels.undiscovered": [0.5], "models": [["sgtm", "plain"]]},
+    ]
+    sweep = read_sweep(write(tmp_path, grid=grids, seeds=[0, 2]))
+    assert len(sweep.cells()) == 8 and sweep.varied() == {"labels.undiscovered"}
+    found = collect(run_sweep(sweep, say=lambda line: None))
+    assert all(list(one.setting) == ["labels.undiscovered"] for one in found)
+    have = {(one.setting["labels.undiscovered"], one.model) for one in found}
+    assert have == {(0.0, "plain"), (0.5, "plain")} | {(s, m) for s in (0.0, 0.1, 0.5) for m in ("data_filter", "sgtm")}
+    assert len(found) == 2 * len(have)  # sgtm at 0.5 is in two cells, and counts once
+    assert [leak.value for _, leak in leakages(found)] == pytest.approx([0.2] * 4)
+
+
+def test_how_far_left_by_hand(tmp_path: Path) -> None:
+    """Both curves fall by half a nat at once, so SGTM, 0.05 right of the filter, lies left of it by being higher."""
+    found = collect(run_sweep(read_sweep(write(tmp_path, grid={"labels.undiscovered": [0.1]})), say=lambda line: None))
+    curves = {one.model: one.curve for one in found}
+    higher = 3 * (0.1 - 0.02)
+    moved = [(p.forget + higher, p.retain + 0.05) for p in curves["data_filter"]]
+    assert [(p.forget, p.retain) for p in curves["sgtm"]] == [pytest.approx(pair) for pair in moved]
+    (row,) = gap_rows(found)
+    # slope 1: at equal forget loss the filter's retain loss is `higher` more, of which 0.05 are lost again
+    assert row["retain loss less at equal forget loss"] == f"{higher - 0.05:.3f}" and row["left in"] == "1 of 1"
+    assert row["forget loss more at equal retain loss"] == f"{higher - 0.05:.3f}" and row["against"] == "data_filter"
+
+
 def test_what_is_done_is_not_done_again_and_the_rest_is(tmp_path: Path) -> None:
     path = write(tmp_path, grid={"size": [1, 2]}, seeds=[0, 1], fixed={"fail_at": 1})
     sweep = read_sweep(path)
@@ -177,6 +207,7 @@ def test_figures_over_seeds_by_hand(tmp_path: Path) -> None:
     report = (sweep.out / "report.html").read_text(encoding="utf-8")
     for said in ("Leakage (equation 1", "0.2000 ± 0.0000", "Relearning: steps", "10.0 ± 0.0", "6 of 6 runs"):
         assert said in report
+    assert (sweep.out / "table.md").read_text(encoding="utf-8").count("\n## ") == 3  # after the first: a heading each
     assert report.count("data:image/png;base64,") == 3 * 4 + 2 and "https://" not in report
     captions = list(draw(found))
     assert captions[0] == "Forget against retain loss along the checkpoints (labels.undiscovered=0.0)"
@@ -212,6 +243,13 @@ def test_rates_are_a_heat_map(tmp_path: Path) -> None:
         ({"grids": {}}, "no 'grids'; did you mean grid"),
         ({"grid": {"size": []}}, "none of them empty"),
         ({"grid": {"size": 3}}, "list of values"),
+        ({"grid": [{"size": [1]}, {"size": 3}]}, "list of values"),
+        ({"grid": [{"size": [1]}, {"size": [2, 1]}]}, "twice"),
+        ({"grid": [{"size": [1]}, {"sise": [1]}]}, "no option 'sise'; did you mean size"),
+        (
+            {"grid": [{"size": [1, 2]}, {"size": [2], "sleep": [1.0]}]},
+            "train data_filter, plain, sgtm with and without sleep",
+        ),
         ({"grid": {"size": [1, 1]}}, "twice"),
         ({"grid": {"seed": [1]}}, "seeds"),
         ({"fixed": {"out": "x"}}, "set by the sweep"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,8 @@ class Work:
         self.sign = 1 if self.moved is None else -1
         wide = {t.dtype for t in target.tensors.values()} == {torch.float64}
         self.nothing = 1e-15 if wide else NOTHING if self.moved is None else UPDATE_NOTHING
-        self.blocks = [Numbered(self, layout.parts, layout.blocks), ByRow(self, layout.rows)]
+        me = weakref.proxy(self)  # a cycle would keep gradient and vectors until garbage is collected
+        self.blocks = [Numbered(me, layout.parts, layout.blocks), ByRow(me, layout.rows)]
 
     def run(self, parked: Target | None = None) -> None:
         """Project; what is removed is added to ``parked``."""
