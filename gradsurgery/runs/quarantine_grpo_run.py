@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -166,17 +167,21 @@ def run_variant(name: str, where: str | Path, config: GrpoConfig, folder: RunFol
         sources["flag"] = examiner.nobody
     print(f"\n{name}: {variant.about}\n{method.explain(adapter.host)}", flush=True)
     teacher = Teacher(rows, config.policy.teacher) if config.policy.teacher else None
-    trainer = SurgeryGRPOTrainer(
-        adapter.host,
-        examiner.reward,
-        arguments(config, folder, name),
-        train_dataset=rows.data_set(),
-        processing_class=rows.tokenizer,
-        rollout_func=teacher,
-        callbacks=[Lines(folder, name)],
-        method=method,
-        flags={column: sources[column] for column in ("flag", "shuffled_flag", "clean") if column in method.columns},
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are using 'rollout_func'")  # known: TRL may change it
+        trainer = SurgeryGRPOTrainer(
+            adapter.host,
+            examiner.reward,
+            arguments(config, folder, name),
+            train_dataset=rows.data_set(),
+            processing_class=rows.tokenizer,
+            rollout_func=teacher,
+            callbacks=[Lines(folder, name)],
+            method=method,
+            flags={
+                column: sources[column] for column in ("flag", "shuffled_flag", "clean") if column in method.columns
+            },
+        )
     log = logging.getLogger("trl.trainer.grpo_trainer")
     level = log.level
     log.setLevel(logging.ERROR if name == "filter" else level)  # which warns of every rollout without a reward

@@ -355,6 +355,7 @@ def test_checkpoints_hold_the_surgery_and_resume(tmp_path: Path) -> None:
     assert len(made.seen) == 2
 
 
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")  # TRL may change it
 def test_rollouts_of_a_teacher_bring_their_column(tmp_path: Path) -> None:
     """What a rollout function adds to its rows is a column like any other."""
 

@@ -157,7 +157,7 @@ class Hand:
             found.append((torch.cat([part.reshape(-1) for part in parts]), items))
         items = sum(n for _, n in found)
         for grad, n in found:
-            total += grad * float(torch.tensor(n) / items)  # the share of a micro-batch is an fp32 number
+            total += grad * (n / items)
         return total
 
     def blocks(self, scope: str) -> Iterator[Tensor]:

@@ -45,7 +45,7 @@ Options = dict[str, Any]
 REMOVE = st.sampled_from(["both", "conflict", "agreement"])
 SCOPE = st.sampled_from(["global", "module", "tensor", "row"])
 WEIGHT = st.floats(0.1, 3)
-POWER = st.sampled_from([0.25, 0.5, 1.0, 2.0])  # weights of passes: exact times a micro-batch's share, an fp32 number
+POWER = st.sampled_from([0.25, 0.5, 1.0, 2.0])  # weights of passes
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=0.1),
