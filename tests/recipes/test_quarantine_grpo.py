@@ -139,7 +139,8 @@ def test_what_makes_no_run_is_said(
 
 
 def test_a_missing_trl_is_said_first(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    real = importlib.util.find_spec  # others ask it too, and remember the answer
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "trl" else real(name, *more))
     with pytest.raises(PlanError, match="pip install"):
         recipe.main(config_of(recipe, tmp_path))
     assert not list(tmp_path.iterdir())
