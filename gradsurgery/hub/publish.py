@@ -16,6 +16,7 @@ from gradsurgery.formats import upgraded
 from gradsurgery.hub.card import model_card
 from gradsurgery.hub.record import KIND, record_of
 from gradsurgery.keys.configuration import require_c1
+from gradsurgery.keys.lists import LISTS
 from gradsurgery.surgery.method import Method
 
 RECORD = "gradsurgery_method.json"
@@ -94,7 +95,8 @@ def push_to_hub(folder: str | Path, repository: str, private: bool = True, **opt
     folder = Path(folder)
     load_record(folder)
     for path in folder.rglob("*.json"):
-        if "attn_heads" in (held := read_json(path, "a part of a checkpoint")) or "mlp_cols" in held:
+        held = read_json(path, "a part of a checkpoint")
+        if isinstance(held, dict) and any(isinstance(held.get(name), list) for name in LISTS):
             raise ArtefactError(f"{path} is a permutation key: it stays with you; take it out of the folder.")
     api = HfApi(token=options.pop("token", None))
     api.create_repo(repository, private=private, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import runpy
@@ -25,17 +24,10 @@ from transformers.integrations import integration_utils
 from gradsurgery.errors import ArtefactError, DataError, GradsurgeryError, PlanError
 from gradsurgery.losses.references import store
 from gradsurgery.runs.opposed import VARIANTS
+from tests.recipes.loading import RECIPES, SHAPE, load
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPT = RECIPES / "opposed_projection.py"
 CONFIGS = sorted((RECIPES / "configs" / "opposed").glob("*.yaml"))
-SHAPE = {
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "intermediate_size": 64,
-    "attention_types": [[["global"], 2]],
-}
 SMOKE = {
     "smoke": "true",
     "start.model.options": json.dumps(SHAPE),
@@ -54,11 +46,7 @@ FAST = (
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("opposed_projection", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["opposed_projection"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(SCRIPT)
 
 
 def parse(recipe: ModuleType, *words: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,8 +25,8 @@ pytest.importorskip("trl")
 from gradsurgery.runs import quarantine_grpo_report as reports
 from gradsurgery.runs.quarantine_grpo_examiner import Examiner
 from gradsurgery.runs.quarantine_grpo_rows import PolicyRows, sums_tokenizer
+from tests.recipes.loading import RECIPES, load
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs" / "quarantine_grpo").glob("*.yaml"))
 ONE = ["plain", "filter", "route", "random_direction"]
 
@@ -35,11 +34,7 @@ ONE = ["plain", "filter", "route", "random_direction"]
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
     torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location("quarantine_grpo_recipe", RECIPES / "quarantine_grpo.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["quarantine_grpo_recipe"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(RECIPES / "quarantine_grpo.py")
 
 
 def config_of(recipe: ModuleType, out: Path, *words: str) -> Any:

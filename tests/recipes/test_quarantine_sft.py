@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -32,17 +31,10 @@ from gradsurgery.runs.quarantine_sft import VARIANTS, TextConfig, require
 from gradsurgery.runs.quarantine_sft_report import merits
 from gradsurgery.runs.quarantine_sft_rows import bilingual, load_data, nearest
 from gradsurgery.runs.quarantine_sft_start import losses_of
+from tests.recipes.loading import RECIPES, SHAPE, load
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPT = RECIPES / "quarantine_sft.py"
 CONFIGS = sorted((RECIPES / "configs" / "quarantine_sft").glob("*.yaml"))
-SHAPE = {
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "intermediate_size": 64,
-    "attention_types": [[["global"], 2]],
-}
 SMOKE = {
     "smoke": "true",
     "base.model.options": json.dumps(SHAPE),
@@ -55,11 +47,7 @@ SMOKE = {
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quarantine_sft_recipe", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["quarantine_sft_recipe"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(SCRIPT)
 
 
 def words(out: Path, **more: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -28,17 +27,10 @@ from gradsurgery.errors import ArtefactError, DataError, GradsurgeryError, PlanE
 from gradsurgery.estimators import Basis
 from gradsurgery.runs.warp import VARIANTS, expanded
 from gradsurgery.runs.warp_layers import PROJECTIONS, layer_numbers, weights_of
+from tests.recipes.loading import RECIPES, SHAPE, load
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPT = RECIPES / "warp.py"
 CONFIGS = sorted((RECIPES / "configs" / "warp").glob("*.yaml"))
-SHAPE = {
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "intermediate_size": 64,
-    "attention_types": [[["global"], 2]],
-}
 SMOKE = {
     "smoke": "true",
     "behaviour.model.options": json.dumps(SHAPE),
@@ -55,11 +47,7 @@ KEEP = {"mask 5%": 0.05, "warp 5%": 0.05, "gpm": None, "actsvd": None}
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("warp_recipe", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["warp_recipe"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(SCRIPT)
 
 
 def words(where: Path, **more: str) -> list[str]:
