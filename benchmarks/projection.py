@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import tempfile
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -53,7 +54,7 @@ def surgical(device: str, cache: bool = False, top_k: int | None = None, **optio
         del reference
     surgery = gs.attach(gs.methods.opposed(given, **options), model)
     if cache:
-        surgery.folder = folder  # type: ignore[attr-defined]  # lives as long as the surgery
+        weakref.finalize(surgery, folder.cleanup)
 
     def run() -> None:
         surgery.backward(batch)
@@ -78,11 +79,7 @@ def by_hand(device: str) -> Run:
         for p in model.parameters():
             p.grad = None
         kl.backward()
-        others = [p.grad for p in model.parameters()]
-        both = sum((g * r).sum() for g, r in zip(kept, others, strict=True))
-        squares = sum((r * r).sum() for r in others)
-        factor = -(both / squares).item()
-        torch._foreach_add_(kept, others, alpha=factor)
+        project_(kept, [p.grad for p in model.parameters()])
         for p, g in zip(model.parameters(), kept, strict=True):
             p.grad = g
         model.zero_grad()
@@ -90,11 +87,47 @@ def by_hand(device: str) -> Run:
     return run
 
 
+def script(device: str) -> Run:
+    """The original script's step: the model runs once for each loss, and both gradients are copied."""
+    model, reference, batch = setup(device)
+
+    def copied() -> list[Any]:
+        out = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return out
+
+    def run() -> None:
+        model(**batch, use_cache=False).loss.backward()
+        kept = copied()
+        with torch.no_grad():
+            target = reference(input_ids=batch["input_ids"], use_cache=False).logits
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        divergence(logits, target).backward()
+        project_(kept, copied())
+        for p, g in zip(model.parameters(), kept, strict=True):
+            p.grad = g
+        model.zero_grad()
+
+    return run
+
+
+def project_(kept: list[Any], others: list[Any]) -> None:
+    """``kept -= <kept, others> / <others, others> others``, summed tensor by tensor."""
+    both = sum((g * r).sum() for g, r in zip(kept, others, strict=True))
+    squares = sum((r * r).sum() for r in others)
+    torch._foreach_add_(kept, others, alpha=-(both / squares).item())
+
+
 def losses(logits: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     words = logits.shape[-1]
     ce = F.cross_entropy(logits[:, :-1].reshape(-1, words), labels[:, 1:].reshape(-1))
+    return ce, divergence(logits, target)
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    words = logits.shape[-1]
     student, teacher = F.log_softmax(logits, -1).view(-1, words), F.log_softmax(target, -1).view(-1, words)
-    return ce, F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def torchjd(device: str, name: str) -> Run:
@@ -124,6 +157,7 @@ METHODS: dict[str, Make] = {
     "opposed, conflict only, metrics": partial(surgical, remove="conflict", metrics="global"),
     "opposed, by row": partial(surgical, scope="row"),
     "two backwards by hand": by_hand,
+    "two forwards and two copies, as the script": script,
     "TorchJD PCGrad": partial(torchjd, name="PCGrad"),
     "TorchJD UPGrad": partial(torchjd, name="UPGrad"),
 }

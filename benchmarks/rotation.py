@@ -97,8 +97,14 @@ def _candidates(tokens: int) -> dict[str, Candidate]:
     }
 
 
-SIZES = (1024, 4096)
-METHODS = {f"{name}, {tokens} tokens": c for tokens in SIZES for name, c in _candidates(tokens).items()}
+SIZES = (1024, 2048, 4096, 8192)
+CURVE = ("stock against itself", "entry mask 10%, dense fp32 basis", "column mask 10%, factored bf16 basis")
+METHODS = {
+    f"{name}, {tokens} tokens": c
+    for tokens in SIZES
+    for name, c in _candidates(tokens).items()
+    if tokens in (1024, 4096) or name in CURVE
+}
 
 
 def step(device: str, candidate: Candidate) -> Callable[[], None]:

@@ -18,6 +18,7 @@ from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.select import Names
 from gradsurgery.anatomy.space import unwrap
 from gradsurgery.errors import PlanError
+from gradsurgery.tensors import is_tensor_parallel
 
 
 def add(
@@ -58,7 +59,7 @@ def add(
     Raises:
         SelectionError: no linear layer, or one of another kind.
         PlanError: a rank above what a layer has, an option that does not go with the kind, quantised weights for
-            ``"svd"``, or layers that have an adapter already.
+            ``"svd"``, layers that have an adapter already, or a tensor-parallel model.
 
     Example:
         >>> adapter = gs.adapters.add(model, "q_proj", rank=4)
@@ -67,6 +68,11 @@ def add(
         >>> adapter.remove()
     """
     base = unwrap(model)
+    if is_tensor_parallel(base):
+        raise PlanError(
+            "an adapter adds up whole inputs and outputs of layers, and a rank of a tensor-parallel model has parts of "
+            "one or the other; shard the model by FSDP2 (fully_shard), or use DDP."
+        )
     places = places_of(base, modules)
     _check(places, kind, rank, quarantine_rank, alpha, seed, reserved)
     if kind == "lora":

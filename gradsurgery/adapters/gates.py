@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gradsurgery.adapters import graph
 from gradsurgery.adapters.parts import Diagonal
 from gradsurgery.adapters.rows import GainsFromRows, LinearFromRows, StopRows
 from gradsurgery.transforms.engine.handlers import Handler
-from gradsurgery.transforms.engine.program import Program
 from gradsurgery.transforms.engine.rows import Rows
 from gradsurgery.transforms.engine.run import Run
 
@@ -19,22 +19,27 @@ if TYPE_CHECKING:
 
 
 class Gated(Handler):
-    """Which rows is asked at run time, so that ``torch.compile`` leaves its graph here."""
+    """Which rows is asked at run time; inside a compiled graph they are masks of all rows (`adapters.graph`)."""
 
     def __init__(self, route: Route, path: str) -> None:
-        wheres = tuple(where for where in (route.where,) if where is not None)
-        super().__init__(None, Program(path, wheres, {}, {}))  # type: ignore[arg-type]
+        super().__init__(None, route.program(path))  # type: ignore[arg-type]
         self.route = route
 
-    @torch.compiler.disable
+    def begin(self, run: Run) -> None:
+        self.route.decision(run)  # a graph finds it made
+
     def before(self, module: Any, call: Any, run: Run) -> Any:
-        return self.enter(module, call, run)
+        return self.enter(module, call, self._decision(run))
 
-    @torch.compiler.disable
     def after(self, module: Any, output: Any, run: Run) -> Any:
-        return self.act(module, output, self.route.decision(run))
+        return self.act(module, output, self._decision(run))
 
-    def enter(self, module: Any, call: Any, run: Run) -> Any:
+    def _decision(self, run: Run) -> Decision:
+        if torch.compiler.is_compiling():  # which run it is of would be a guard of the graph
+            return self.route.gate["now"]
+        return self.route.decision(run)
+
+    def enter(self, module: Any, call: Any, decision: Decision) -> Any:
         return call
 
     def act(self, module: Any, output: Tensor, decision: Decision) -> Tensor:
@@ -48,7 +53,7 @@ class Learn(Gated):
         super().__init__(route, path)
         self.inputs: list[Tensor] = []
 
-    def enter(self, module: Any, call: Any, run: Run) -> Any:
+    def enter(self, module: Any, call: Any, decision: Decision) -> Any:
         (x, *rest), kwargs = call
         self.inputs.append(x)
         return (x.reshape(-1, x.shape[-1])[:0], *rest), kwargs
@@ -60,6 +65,14 @@ class Learn(Gated):
         weight: Any = module.gains() if gains else module.weight
         if torch.is_autocast_enabled(x.device.type):
             x, weight = x.to(output.dtype), weight.to(output.dtype)
+        x_NI = x.reshape(-1, x.shape[-1])
+        if torch.compiler.is_compiling():
+            path = self.program.path
+            if self.route.score is not None and decision.given is None:
+                y = graph.learned_later(x_NI, weight, decision.ticket, path, lead)
+            else:
+                y = graph.learned(x_NI, weight, decision.taught(path, lead).reshape(-1).to(x.device))
+            return y.reshape(*lead, y.shape[-1])
 
         def which() -> Rows | None:
             return None if decision.reading else decision.learning(self.program, lead, x.device)
@@ -67,7 +80,7 @@ class Learn(Gated):
         if not decision.scoring:
             which()  # labels that do not fit are an error before the backward
         step: Any = GainsFromRows if gains else LinearFromRows
-        y = step.apply(x.reshape(-1, x.shape[-1]), weight, which)
+        y = step.apply(x_NI, weight, which)
         return y.reshape(*lead, y.shape[-1])
 
     def reset(self, module: Any) -> None:
@@ -77,8 +90,7 @@ class Learn(Gated):
 class Stop(Gated):
     """Flagged rows send nothing back through the kept part: stopped where it is narrowest, at its bottleneck."""
 
-    def enter(self, module: Any, call: Any, run: Run) -> Any:
-        decision = self.route.decision(run)
+    def enter(self, module: Any, call: Any, decision: Decision) -> Any:
         if decision.scoring:
             return call
 
@@ -106,17 +118,23 @@ class Fill(Gated):
 
     def __init__(self, route: Route, path: str) -> None:
         super().__init__(route, path)
-        self.held: list[tuple[tuple[int, ...], Rows]] = []
+        self.held: list[tuple[tuple[int, ...], Any]] = []
 
-    def enter(self, module: Any, call: Any, run: Run) -> Any:
+    def enter(self, module: Any, call: Any, decision: Decision) -> Any:
         (x, *rest), kwargs = call
         lead = tuple(x.shape[:-1])
-        rows = self.route.decision(run).quarantined(self.program, lead, x.device)
+        if torch.compiler.is_compiling():
+            off = decision.off(self.program, lead).to(x.device).unsqueeze(-1)
+            self.held.append((lead, off))
+            return (x.masked_fill(off, 0.0), *rest), kwargs
+        rows = decision.quarantined(self.program, lead, x.device)
         self.held.append((lead, rows))
         return (rows.take(x.reshape(-1, x.shape[-1])), *rest), kwargs
 
     def act(self, module: Any, output: Tensor, decision: Decision) -> Tensor:
         lead, rows = self.held.pop()
+        if torch.compiler.is_compiling():
+            return output.masked_fill(rows, 0.0)
         if not rows.all:
             index = rows.index
             if index is None:
@@ -136,8 +154,7 @@ class See(Gated):
         super().__init__(route, path)
         self.layer, self.on_output = layer, on_output
 
-    def enter(self, module: Any, call: Any, run: Run) -> Any:
-        decision = self.route.decision(run)
+    def enter(self, module: Any, call: Any, decision: Decision) -> Any:
         if not self.on_output and decision.probes is not None and self.watches(decision):
             probes = decision.probes
             module.probe = lambda h: probes(self.layer, h)

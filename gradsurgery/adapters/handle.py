@@ -69,6 +69,14 @@ class Handle:
     def roles(self) -> Roles:
         raise NotImplementedError
 
+    def leaves(self) -> dict[str, tuple[int, nn.Parameter]]:
+        """Number of coordinates by layer, and a parameter that tells the device and dtype in which they are read."""
+        modules = dict(self.host.named_modules())
+        return {
+            layer: (self.coordinates[layer], next(modules[path].parameters()))
+            for path, layer in self.roles.probed.items()
+        }
+
     def probe_output(self, module: nn.Module) -> bool:
         """Whether a probed module's output are the coordinates (else it has a ``probe``)."""
         raise NotImplementedError

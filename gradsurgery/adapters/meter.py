@@ -26,8 +26,6 @@ class Figures(UpdateTransform):
         return (self.adapter.kept, self.adapter.quarantine)
 
     def prepare(self, context: StepContext, state: dict[str, Any]) -> None:
-        for stale in [n for n in context.metrics if n.startswith("quarantine/") and n not in self.adapter.figures]:
-            del context.metrics[stale]  # such as those of kinds of rows that this step had none of
         context.metrics.update(self.adapter.figures)
 
     def describe(self) -> str:

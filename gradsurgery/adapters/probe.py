@@ -6,7 +6,7 @@ gains of the bottleneck's coordinates from that example alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -28,6 +28,24 @@ class Probes:
     def __init__(self, grain: Grain = "sequence", shape: tuple[int, int] | None = None) -> None:
         self.grain, self.shape = grain, shape
         self.leaves: dict[str, Tensor] = {}
+        self.called: set[str] = set()
+
+    def prepare(self, layers: Mapping[str, tuple[int, Tensor]]) -> None:
+        """Make the perturbations before the forward, where its rows are known: graphs cannot make what they differ by.
+
+        Args:
+            layers: Number of coordinates, and a tensor on the device that computes them, by layer.
+        """
+        if self.shape is None:
+            return
+        for path, (coordinates, like) in layers.items():
+            self.leaves[path] = self._leaf(coordinates, like)
+
+    def _leaf(self, coordinates: int, like: Tensor) -> Tensor:
+        assert self.shape is not None
+        groups = self.shape[0] if self.grain == "sequence" else self.shape[0] * self.shape[1]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return torch.zeros(groups, coordinates, dtype=dtype, device=like.device, requires_grad=True)
 
     def __call__(self, path: str, h: Tensor) -> Tensor:
         """``c ⊙ h`` with ``c = 0``, at the layer ``path``; the same perturbation when it is called again."""
@@ -37,10 +55,10 @@ class Probes:
                 raise BatchError(f"{path} reads rows {list(lead)}, which do not tell examples apart.")
             self.shape = (lead[0], lead[1])
         batch, tokens = self.shape
-        groups = batch if self.grain == "sequence" else batch * tokens
-        if path not in self.leaves:
-            dtype = torch.promote_types(h.dtype, torch.float32)
-            self.leaves[path] = torch.zeros(groups, h.shape[-1], dtype=dtype, device=h.device, requires_grad=True)
+        if path not in self.leaves or self.leaves[path].device != h.device:  # offloaded weights lie elsewhere
+            self.leaves[path] = self._leaf(h.shape[-1], h)
+        if not torch.compiler.is_compiling():
+            self.called.add(path)
         leaf = self.leaves[path]
         if self.grain == "sequence" and lead and lead[0] == batch and len(lead) > 1:
             leaf = leaf.reshape(batch, *[1] * (len(lead) - 1), -1)
@@ -60,10 +78,9 @@ class Probes:
             paths: The layers, in order.
             keep_graph: Whether another backward follows.
         """
-        if missing := [path for path in paths if path not in self.leaves]:
+        leaves = {path: self.leaves[path] for path in paths if path in self.leaves}
+        found = torch.autograd.grad(loss, [*leaves.values()], retain_graph=keep_graph, allow_unused=True)
+        grads = dict(zip(leaves, found, strict=True))
+        if missing := [path for path in paths if grads.get(path) is None and path not in self.called]:
             raise BatchError(f"{missing[0]} was not called in this forward, so it has no gradient by example.")
-        leaves = [self.leaves[path] for path in paths]
-        found = torch.autograd.grad(loss, leaves, retain_graph=keep_graph, allow_unused=True)
-        return torch.cat(
-            [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)], dim=1
-        ).detach()
+        return torch.cat([torch.zeros_like(leaves[p]) if g is None else g for p, g in grads.items()], dim=1).detach()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.adapters.gates import Fill, Learn, See, Stop
+from gradsurgery.adapters.graph import ticket
 from gradsurgery.adapters.handle import Handle
 from gradsurgery.adapters.probe import Probes
 from gradsurgery.adapters.score import Score
@@ -87,6 +88,10 @@ class Route(ForwardTransform):
         facts += [f"score={self.score.describe()}"] if self.score else []
         return ", ".join(facts) + ")"
 
+    def program(self, path: str) -> Program:
+        """What a module at ``path`` needs to know of labels."""
+        return Program(path, () if self.where is None else (self.where,), {}, {})
+
     def handlers(self) -> dict[str, list[Handler]]:
         """What acts on the modules of the adapter's host, by path."""
         roles, found = self.adapter.roles, {}  # type: tuple[Any, dict[str, list[Handler]]]
@@ -120,6 +125,7 @@ class Decision:
         reading: Whether the backward under way is.
         given: The flags and the clean rows, where they are known by themselves.
         told: What metrics say of the flags, where ``given`` no longer holds them all.
+        ticket: What a compiled graph asks by.
     """
 
     def __init__(self, route: Route, run: Run, given: tuple[Tensor, Tensor] | None = None) -> None:
@@ -132,6 +138,8 @@ class Decision:
         self.probes: Probes | None = None
         if self.scoring and route.score is not None:
             self.probes = Probes(route.score.grain, run.shape)
+            self.probes.prepare(route.adapter.leaves())
+        self.ticket = ticket(self)
         self._rows: dict[tuple[str, tuple[int, ...], torch.device], Rows] = {}
 
     def flags(self, program: Program, lead: tuple[int, ...]) -> Tensor:
@@ -162,8 +170,18 @@ class Decision:
 
     def gates(self, lead: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Flagged and clean rows ``[batch, token]``."""
-        program = Program("the batch", () if self.route.where is None else (self.route.where,), {}, {})
+        program = self.route.program("the batch")
         return self.flags(program, lead), self.clean(program, lead)
+
+    def taught(self, path: str, lead: tuple[int, ...]) -> Tensor:
+        """The rows that teach the kept part, bool ``lead``; none in a backward that is there for the score."""
+        if self.reading:
+            return torch.zeros(lead, dtype=torch.bool)
+        return ~self.flags(self.route.program(path), lead)
+
+    def off(self, program: Program, lead: tuple[int, ...]) -> Tensor:
+        """The rows that the quarantine adds nothing to, bool ``lead``: all while scores are taken."""
+        return torch.ones(lead, dtype=torch.bool) if self.scoring else self.clean(program, lead)
 
     def learning(self, program: Program, lead: tuple[int, ...], device: torch.device) -> Rows:
         """The rows that teach the kept part; one synchronisation a pass."""

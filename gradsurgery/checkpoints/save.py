@@ -74,14 +74,7 @@ def save_checkpoint(
             shutil.rmtree(cut_off)
         part.mkdir(parents=True)
 
-    on_first(make_room, "saving a checkpoint")
-    state = surgery.state_dict()  # all ranks: it gathers
-    written = "writing a checkpoint"
-    writer = dcp.HuggingFaceStorageWriter(str(part / TENSORS), save_distributed=True)
-    together(lambda: quiet(dcp.save)(tensors, storage_writer=writer, no_dist=not grouped()), written)
-    together(lambda: write_json(part / f"random-{rank():05d}.json", own), written)
-
-    def seal() -> None:
+    def seal(state: dict[str, Any]) -> None:
         save_state(state, part)
         write_json(part / MANIFEST, {**manifest, "files": sizes(part)})
         os.replace(part, final)
@@ -91,7 +84,18 @@ def save_checkpoint(
             os.replace(old, going)
             shutil.rmtree(going)
 
-    on_first(seal, written)
+    on_first(make_room, "saving a checkpoint")
+    written = "writing a checkpoint"
+    writer = dcp.HuggingFaceStorageWriter(str(part / TENSORS), save_distributed=True)
+    try:
+        state = surgery.state_dict()  # all ranks: it gathers
+        together(lambda: quiet(dcp.save)(tensors, storage_writer=writer, no_dist=not grouped()), written)
+        together(lambda: write_json(part / f"random-{rank():05d}.json", own), written)
+        on_first(lambda: seal(state), written)
+    except BaseException:
+        if rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
     return final
 
 

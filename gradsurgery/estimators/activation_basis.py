@@ -28,6 +28,7 @@ from gradsurgery.estimators.positions import Counted, Positions
 from gradsurgery.estimators.targets import Target, targets_of
 from gradsurgery.losses.positions import is_encoder_decoder
 from gradsurgery.losses.references.base import evaluating, model_inputs
+from gradsurgery.tensors import is_tensor_parallel
 
 
 def activation_basis(
@@ -141,6 +142,11 @@ def collect(
     progress: bool = False,
 ) -> None:
     """The forward passes: second moments of what the collector's layers read."""
+    if is_tensor_parallel(base):
+        raise PlanError(
+            "activation_basis: what the layers of a tensor-parallel model read lies in parts on ranks; take the basis "
+            "on one process, save it, and load it there."
+        )
     decoder = is_encoder_decoder({}, base)
     seen = 0
     with evaluating(base), eager_experts(base), collector.listening():

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from gradsurgery.anatomy.space import unwrap
 from gradsurgery.errors import DataError
-from gradsurgery.evaluation.losses import evaluate
+from gradsurgery.evaluation.token_losses import token_losses
 
 if TYPE_CHECKING:
     from gradsurgery.surgery import Method
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Text = Tensor | tuple[Tensor, Tensor]
+"""Token ids ``[sequences, length]``, where entries below 0 are padding; or such ids and their labels, which are below 0
+where a token (of a prompt, say) is read, but neither learned nor measured."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,10 @@ class Relearned:
 def relearn(
     model: nn.Module,
     method: Method | None,
-    forget: Tensor,
-    retain: Tensor,
+    forget: Text,
+    retain: Text,
     level: float,
-    held_back: tuple[Tensor, Tensor] | None = None,
+    held_back: tuple[Text, Text] | None = None,
     steps: int = 100,
     every: int = 5,
     batch_size: int = 16,
@@ -78,10 +81,11 @@ def relearn(
     Args:
         model: A causal language model from which something was removed.
         method: How it is finetuned; ``None`` trains the next token. Batches have the columns ``forget`` and ``retain``.
-        forget: Token ids ``[sequences, length]`` of what was removed; entries below 0 are not counted.
+        forget: Token ids ``[sequences, length]`` of what was removed; entries below 0 are not counted. Or ``(ids,
+            labels)``: tokens whose label is below 0, such as those of a prompt, are left out of the loss.
         retain: The same of what was kept.
         level: Forget loss in nats per token that counts as back, such as that before the cut.
-        held_back: ``(forget, retain)`` sequences to measure on; by default those that it is finetuned on.
+        held_back: ``(forget, retain)`` to measure on, each as above; by default what it is finetuned on.
         steps: At most so many.
         every: Measure every so many steps.
         batch_size: Sequences a step, half of them of each kind.
@@ -101,8 +105,9 @@ def relearn(
         5
     """
     base = unwrap(model)
-    _check(forget, retain, level, steps, every, batch_size)
-    probe = dict(zip(("forget", "retain"), held_back or (forget, retain), strict=True))
+    texts = _pairs(forget, retain)
+    _check(texts, level, steps, every, batch_size)
+    probe = dict(zip(("forget", "retain"), _pairs(*held_back) if held_back else texts, strict=True))
     trained = [p for p in base.parameters() if p.requires_grad] if parameters is None else list(parameters)
     if not trained:
         raise DataError("relearn: no parameter of the model requires gradients; unfreeze it, or name parameters=….")
@@ -111,8 +116,9 @@ def relearn(
     curve: list[RelearnPoint] = []
 
     def measure(step: int) -> bool:
-        found = evaluate(model, probe, batch_size)
-        curve.append(RelearnPoint(step, found["forget"]["loss"], found["retain"]["loss"]))
+        found = token_losses(model, {kind: ids for kind, (ids, _) in probe.items()}, batch_size)
+        means = {kind: _learned(found[kind], *text) for kind, text in probe.items()}
+        curve.append(RelearnPoint(step, means["forget"], means["retain"]))
         return curve[-1].forget <= level
 
     with _as_before(base, restore), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -120,9 +126,7 @@ def relearn(
         back = measure(0)
         base.train()
         with _stepper(method, model, made) as backward:
-            for step, batch in zip(
-                range(1, steps + 1), _batches(forget, retain, batch_size // 2, seed, device), strict=False
-            ):
+            for step, batch in zip(range(1, steps + 1), _batches(texts, batch_size // 2, seed, device), strict=False):
                 if back:
                     break
                 backward(batch)
@@ -133,10 +137,30 @@ def relearn(
     return Relearned(curve[-1].step if back else None, level, tuple(curve))
 
 
-def _check(forget: Tensor, retain: Tensor, level: float, steps: int, every: int, batch_size: int) -> None:
-    for name, ids in (("forget", forget), ("retain", retain)):
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not (ids[:, 1:] >= 0).any():
-            raise DataError(f"relearn: {name} holds nothing to learn: expected token ids [sequences, length >= 2].")
+Pair = tuple[Tensor, Tensor]
+
+
+def _pairs(*given: Text) -> tuple[Pair, Pair]:
+    """Ids and labels of forget and retain; labels are the ids where none are given."""
+    forget, retain = ((one, one) if not isinstance(one, tuple) else one for one in given)
+    return forget, retain
+
+
+def _learned(losses: Tensor, ids: Tensor, labels: Tensor) -> float:
+    """Mean loss of the tokens that have a label, of those of all tokens."""
+    counted = labels[:, 1:][ids[:, 1:] >= 0] >= 0
+    return float(losses[counted.cpu()].double().mean())
+
+
+def _check(texts: tuple[Pair, Pair], level: float, steps: int, every: int, batch_size: int) -> None:
+    for name, pair in zip(("forget", "retain"), texts, strict=True):
+        wrong = any(not isinstance(x, Tensor) or x.ndim != 2 or x.is_floating_point() for x in pair)
+        if wrong or pair[0].shape != pair[1].shape or not ((pair[0] >= 0) & (pair[1] >= 0))[:, 1:].any():
+            raise DataError(
+                f"relearn: {name} holds nothing to learn: expected token ids [sequences, length >= 2], or (ids, "
+                f"labels) of one shape."
+            )
+    forget, retain = (ids for ids, _ in texts)
     if forget.shape[1] != retain.shape[1]:
         raise DataError(
             f"relearn: forget has {forget.shape[1]} tokens a sequence, retain {retain.shape[1]}; pad the shorter "
@@ -150,14 +174,19 @@ def _check(forget: Tensor, retain: Tensor, level: float, steps: int, every: int,
         raise DataError(f"relearn: steps and every are positive numbers, not {steps!r} and {every!r}.")
 
 
-def _batches(forget: Tensor, retain: Tensor, half: int, seed: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def _batches(texts: tuple[Pair, Pair], half: int, seed: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Endlessly: as many sequences of each kind, every one once before one comes again."""
-    order = [_cycled(len(ids), half, seed + k) for k, ids in enumerate((forget, retain))]
+    order = [_cycled(len(ids), half, seed + k) for k, (ids, _) in enumerate(texts)]
     kind = torch.arange(2 * half, device=device) < half
     while True:
-        ids = torch.cat([forget[next(order[0])], retain[next(order[1])]]).to(device).long()
+        rows = [next(each) for each in order]
+        ids, labels = (
+            torch.cat([pair[k][chosen] for pair, chosen in zip(texts, rows, strict=True)]).to(device).long()
+            for k in range(2)
+        )
         real = ids >= 0
-        batch = {"input_ids": ids.clamp(min=0), "labels": ids.masked_fill(~real, -100), "forget": kind, "retain": ~kind}
+        labels = labels.masked_fill(~real | (labels < 0), -100)
+        batch = {"input_ids": ids.clamp(min=0), "labels": labels, "forget": kind, "retain": ~kind}
         yield batch if bool(real.all()) else {**batch, "attention_mask": real.long()}
 
 

@@ -21,6 +21,7 @@ from gradsurgery.errors import BatchError, PlanError, SelectionError
 from gradsurgery.losses.positions import count_positions, is_encoder_decoder, mask_of
 from gradsurgery.losses.references.base import Reference
 from gradsurgery.losses.references.frozen import Frozen
+from gradsurgery.tensors import is_tensor_parallel, returns_whole
 
 
 class Recorded:
@@ -43,8 +44,14 @@ class Activations(Reference):
 
         Raises:
             SelectionError: no module of that name.
+            PlanError: one that may return a part of its features on each rank of a tensor-parallel model.
         """
-        module_of(model, self.module)
+        module = module_of(model, self.module)
+        if is_tensor_parallel(unwrap(model)) and not returns_whole(module):
+            raise PlanError(
+                f"activations({self.module!r}): each rank of a tensor-parallel model may have a part of them alone; "
+                f"name a block, or a whole attention or MLP, which add up over ranks what they return."
+            )
         if self.of is not None and hasattr(self.of, "take"):
             self.of.take(model)
 

@@ -28,11 +28,18 @@ def _shifted(x: Tensor, top: Tensor, temperature: float, out: Tensor) -> Tensor:
 
 @torch.library.custom_op("gradsurgery::kl_divergence", mutates_args=())
 def kl_op(
-    current: Tensor, reference: Tensor, counted: Tensor, temperature: float, reverse: bool, chunk_size: int
+    current: Tensor,
+    reference: Tensor,
+    counted: Tensor,
+    temperature: float,
+    reverse: bool,
+    chunk_size: int,
+    once: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """KL by row, ``[…]``, and the rows' statistics ``[…, 4]``: both maxima and both logarithms of sums.
 
-    Rows that do not count give 0, whatever they hold.
+    Rows that do not count give 0, whatever they hold. With ``once`` the first backward lets go of the reference, also
+    one that keeps the graph.
     """
     dtype = work_dtype(current, reference)
     kl = torch.zeros(current.shape[:-1], dtype=dtype, device=current.device)
@@ -65,7 +72,7 @@ def kl_op(
 
 
 @kl_op.register_fake
-def _(current: Tensor, reference: Tensor, counted: Tensor, temperature: float, reverse: bool, chunk_size: int) -> Any:
+def _(current: Tensor, reference: Tensor, *rest: Any) -> Any:
     dtype = work_dtype(current, reference)
     rows = current.shape[:-1]
     return current.new_empty(rows, dtype=dtype), current.new_empty((*rows, 4), dtype=dtype)
@@ -120,8 +127,10 @@ def _(grad: Tensor, current: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    current, reference, counted, *options = inputs
-    ctx.save_for_backward(current, reference, counted, *output)
+    current, reference, counted, *options, once = inputs
+    ctx.held = [reference] if once else []
+    ctx.save_for_backward(current, counted, *output, *([] if once else [reference]))
+    ctx.once = once
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.options = options
@@ -129,8 +138,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 6
-    return kl_backward_op(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+        return (None,) * 7
+    current, counted, kl, stats, *reference = ctx.saved_tensors
+    if ctx.once and not ctx.held:
+        raise PlanError(
+            "kl_divergence: the reference of this pass went with its first backward. A loss that runs several says so: "
+            "loss.backwards = 2."
+        )
+    reference = ctx.held.pop() if ctx.once else reference[0]
+    return kl_backward_op(grad, current, reference, counted, kl, stats, *ctx.options), *(None,) * 6
 
 
 def refuse_second_derivative(ctx: Any, *grads: Tensor) -> Any:

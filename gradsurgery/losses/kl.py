@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradsurgery.errors import BatchError, PlanError
 from gradsurgery.losses.divergence import work_dtype
 from gradsurgery.losses.positions import count_positions, is_encoder_decoder, mask_of
+from gradsurgery.losses.references.base import ReadOnce
 from gradsurgery.losses.top_k import TopK
 from gradsurgery.tensors import is_sharded
 
@@ -86,7 +87,8 @@ class KLDivergence:
             kl = self._over_outcomes(logits, reference.to(logits.device), counted)
         else:
             reference = reference.detach().to(logits.device)
-            kl = torch.ops.gradsurgery.kl_divergence(logits, reference, counted, *options)[0]
+            once = isinstance(refs, ReadOnce)
+            kl = torch.ops.gradsurgery.kl_divergence(logits, reference, counted, *options, once)[0]
         return kl.sum() / counted.sum().clamp(min=1)
 
     def _mask(self, outputs: Any, batch: Mapping[str, Any], logits: Tensor) -> Tensor | None:

@@ -87,17 +87,17 @@ def quarantine(
     if kinds is not None and not (isinstance(kinds, Kinds) and metrics):
         raise PlanError("quarantine: kinds is a gs.adapters.Kinds, of metrics that are on.")
     if mode == "erase":
-        watched = loss if kinds is None else ByKind(loss, adapter, kinds)
-        return _erase(adapter, score, clean, direction, watched, metrics)
+        erased = RoutedPass("quarantine", loss, kinds=kinds, adapter=adapter)
+        return _erase(adapter, score, clean, direction, erased, metrics)
     if direction is not None:
         raise PlanError('quarantine: direction is for mode="erase"; a score has its own.')
     route = Route(adapter, mode, where, clean, score)
     meter = ScoreMeter(adapter, score) if score is not None else Meter(adapter)
     update = [meter] if metrics or score else []
-    return Quarantine([RoutedPass("quarantine", loss, under=[route], kinds=kinds)], update=update)
+    return Quarantine([RoutedPass("quarantine", loss, under=[route], kinds=kinds, adapter=adapter)], update=update)
 
 
-def _erase(adapter: Handle, score: Any, clean: Any, direction: Direction | None, loss: Loss, metrics: bool) -> Method:
+def _erase(adapter: Handle, score: Any, clean: Any, direction: Direction | None, erased: Pass, metrics: bool) -> Method:
     if score is not None or clean is not None:
         raise PlanError('quarantine: mode="erase" acts on the gradient of all rows and takes no score and no column.')
     if not isinstance(direction, Direction):
@@ -111,18 +111,20 @@ def _erase(adapter: Handle, score: Any, clean: Any, direction: Direction | None,
         metrics="global" if metrics else None,
     )
     figures = [Figures(adapter)] if metrics else []
-    return Method([Pass("quarantine", loss)], gradient=[along], update=[freeze(adapter.quarantine), *figures])
+    return Method([erased], gradient=[along], update=[freeze(adapter.quarantine), *figures])
 
 
 @dataclass(frozen=True, eq=False)
 class RoutedPass(Pass):
-    """A pass whose rows are routed; a score is read between its forward and its backward.
+    """A pass of an adapter, whose rows may be routed; a score is read between its forward and its backward.
 
     Args:
         kinds: Kinds of rows that are measured apart.
+        adapter: Whose figures hold that.
     """
 
     kinds: Kinds | None = None
+    adapter: Handle | None = None
 
     @property
     def route(self) -> Route | None:
@@ -131,12 +133,10 @@ class RoutedPass(Pass):
     @property
     def losses(self) -> dict[str, Loss]:
         found, route = super().losses, self.route
-        if route is None:
-            return found
-        if route.score is not None:
+        if route is not None and route.score is not None:
             found = {name: Scored(one, route) for name, one in found.items()}
-        if self.kinds is not None:
-            found = {name: ByKind(one, route.adapter, self.kinds, route) for name, one in found.items()}
+        if self.kinds is not None and self.adapter is not None:
+            found = {name: ByKind(one, self.adapter, self.kinds, route) for name, one in found.items()}
         return found
 
     def columns(self) -> Iterable[str]:

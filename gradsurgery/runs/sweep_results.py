@@ -146,18 +146,24 @@ def gap_rows(found: Sequence[Found]) -> list[dict[str, Any]]:
                 [gap(mine, other) if other else None for mine, other in pairs]
                 for gap in (evaluation.retain_gap, evaluation.forget_gap)
             )
-            known = [gap for gap in left if gap is not None]
             rows.append(
                 {
                     **group[0].setting,
                     "model": model,
                     "against": filtered,
                     "retain loss less at equal forget loss": shown(spread(left)),
-                    "left in": f"{sum(gap > 0 for gap in known)} of {len(known)}",
+                    "left in": shown_share(left),
                     "forget loss more at equal retain loss": shown(spread(above)),
+                    "above in": shown_share(above),
                 }
             )
     return rows
+
+
+def shown_share(gaps: Sequence[float | None]) -> str:
+    """``3 of 3``: in how many of the seeds whose curves share a loss the gap is positive."""
+    known = [gap for gap in gaps if gap is not None]
+    return f"{sum(gap > 0 for gap in known)} of {len(known)}"
 
 
 def relearning_rows(found: Sequence[Found]) -> list[dict[str, Any]]:

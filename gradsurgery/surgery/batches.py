@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradsurgery.anatomy.space import unwrap
 from gradsurgery.errors import BatchError
+from gradsurgery.losses.cross_entropy import IGNORED
 from gradsurgery.surgery.passes import Pass
 from gradsurgery.transforms.engine.run import check_column
 
@@ -24,7 +26,8 @@ class PassBatch:
         batch: What losses see: everything but the label columns.
         inputs: What the model is called with.
         columns: The label columns by name.
-        share: 0 where ``rows`` flags nobody here: one row runs all the same, so that every rank builds the same graph.
+        share: 0 where ``rows`` flags nobody here, or another rank has all the rows: a row runs all the same, so that
+            every rank builds the same graph.
     """
 
     batch: dict[str, Any]
@@ -33,8 +36,13 @@ class PassBatch:
     share: float = 1.0
 
 
-def batch_for(p: Pass, batch: Mapping[str, Any], model: nn.Module, known_columns: frozenset[str]) -> PassBatch:
+def batch_for(
+    p: Pass, batch: Mapping[str, Any], model: nn.Module, known_columns: frozenset[str], compiled: bool = False
+) -> PassBatch:
     """Cut a batch down to what a pass needs.
+
+    ``compiled``: the host is. Then the number of rows that a pass takes is marked as one that varies, and where it
+    takes none two run: a single row is a graph of its own.
 
     Raises:
         BatchError: no rows, a missing stream or label column, labels of wrong shape or dtype.
@@ -44,22 +52,37 @@ def batch_for(p: Pass, batch: Mapping[str, Any], model: nn.Module, known_columns
             have = ", ".join(map(str, batch)) or "nothing"
             raise BatchError(f"pass {p.name!r} needs batch[{p.stream!r}], a batch of its own; this batch has {have}.")
         batch = batch[p.stream]
+    share = 1.0
+    if not batch_size(batch):
+        batch, share = stand_in(batch, p.name), 0.0
     size = batch_size(batch)
-    if not size:
-        raise BatchError(f"the batch of pass {p.name!r} has no rows; skip empty batches (in a loader, drop_last=True).")
     columns = label_columns(p, batch)
     rest = without_labels(batch, known_columns)
-    share = 1.0
     if p.rows is not None:
         chosen = columns[p.rows.removeprefix("~")]
         if chosen.dim() != 1:
             raise BatchError(f"rows={p.rows!r} of pass {p.name!r} chooses whole examples: its column must be [batch].")
         chosen = ~chosen if p.rows.startswith("~") else chosen
         if not bool(chosen.any()):
-            chosen, share = torch.arange(size, device=chosen.device) == 0, 0.0
-        rest = {k: _rows(v, chosen, size) for k, v in rest.items()}
-        columns = {k: v[chosen.to(v.device)] for k, v in columns.items()}
+            chosen, share = torch.arange(size, device=chosen.device) < 1 + compiled, 0.0
+        rest = {k: _rows(v, chosen, size, compiled) for k, v in rest.items()}
+        columns = {k: _rows(v, chosen, size, compiled) for k, v in columns.items()}
     return PassBatch(rest, model_inputs(p, rest, unwrap(model)), columns, share)
+
+
+def stand_in(batch: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One row of zeros in place of none, where other ranks have rows and would wait for this one.
+
+    Raises:
+        BatchError: there are no other ranks, or nothing tells what a row is like.
+    """
+    shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    rows = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.shape[:1] == (0,)}
+    if not shared or any(0 in value.shape[1:] for value in rows.values()):
+        raise BatchError(f"the batch of pass {name!r} has no rows; skip empty batches (in a loader, drop_last=True).")
+    fill = {"labels": IGNORED, "attention_mask": 1, "decoder_attention_mask": 1}
+    made = {key: value.new_full((1, *value.shape[1:]), fill.get(key, 0)) for key, value in rows.items()}
+    return {**batch, **made}
 
 
 def label_columns(p: Pass, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -109,9 +132,13 @@ def _is_label(name: str, value: Any, known: frozenset[str], size: int) -> bool:
     return name in known or is_flag or isinstance(value, Mapping)
 
 
-def _rows(value: Any, chosen: Tensor, size: int) -> Any:
-    is_rows = isinstance(value, Tensor) and value.dim() and value.shape[0] == size
-    return value[chosen.to(value.device)] if is_rows else value
+def _rows(value: Any, chosen: Tensor, size: int, vary: bool) -> Any:
+    if not (isinstance(value, Tensor) and value.dim() and value.shape[0] == size):
+        return value
+    out = value[chosen.to(value.device)]
+    if vary and len(out) > 1:
+        torch._dynamo.maybe_mark_dynamic(out, 0)
+    return out
 
 
 def model_inputs(p: Pass, batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

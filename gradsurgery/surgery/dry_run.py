@@ -12,6 +12,7 @@ from torch import nn
 from gradsurgery.anatomy.space import unwrap
 from gradsurgery.surgery.method import Method
 from gradsurgery.surgery.surgery import Surgery
+from gradsurgery.tensors import is_sharded
 from gradsurgery.transforms.freeze import Freeze
 
 
@@ -58,7 +59,10 @@ def dry_run(method: Method, model: nn.Module, batch: Mapping[str, Any]) -> DryRu
             surgery.finish()
         masks = {}
         for name, p in base.named_parameters():
-            mask = p.grad.ne(0) if p.grad is not None else torch.zeros(p.shape, dtype=torch.bool)
+            grad: Any = p.grad
+            if grad is not None and is_sharded(grad):
+                grad = grad.full_tensor()
+            mask = grad.ne(0) if grad is not None else torch.zeros(p.shape, dtype=torch.bool)
             for transform in method.update:
                 if isinstance(transform, Freeze) and transform.awake(surgery._stepper.ran):
                     mask = mask & ~transform.region.of(name).mask().to(mask.device)

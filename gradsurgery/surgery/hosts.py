@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from gradsurgery.anatomy.space import unwrap
 from gradsurgery.errors import PlanError
 from gradsurgery.surgery.passes import Pass
-from gradsurgery.tensors import is_sharded
+from gradsurgery.tensors import is_sharded, is_tensor_parallel
 from gradsurgery.transforms.engine.hooks import is_compiled
+from gradsurgery.transforms.engine.styles import require_expressible
 
 
 def wrappers_of(host: nn.Module) -> Iterator[nn.Module]:
@@ -57,6 +58,7 @@ def check_host(host: nn.Module, slots: Iterable[str]) -> None:
                 "FSDP1 flattens parameters, so none has a name or a shape; use FSDP2 (fully_shard) instead."
             )
     check_model(unwrap(host))
+    check_parallel(host)
     ddp = ddp_of(host)
     if ddp is not None and ddp.gradient_as_bucket_view and set(slots) != {"main"}:
         raise PlanError("DDP(gradient_as_bucket_view=True) lets every slot share one buffer; build it with False.")
@@ -72,11 +74,42 @@ def check_model(base: nn.Module) -> None:
         )
     gathers = any(is_fsdp(module) for module in base.modules())
     cuts = [sum(p.is_shard() for p in placements_of(parameter)) for parameter in parameters]
-    if (getattr(base, "tp_size", None) or 1) > 1 or max(cuts, default=0) > int(gathers):
+    parallel = (getattr(base, "tp_size", None) or 1) > 1
+    if parallel and not any(cuts):
         raise PlanError(
-            "tensor parallelism computes heads and neurons on the ranks that hold them, where regions and units mean "
-            "something else; shard the model by FSDP2 (fully_shard) over one mesh dimension, or use DDP."
+            "tensor parallelism computes heads and neurons on the ranks that hold them, and these weights do not say "
+            "which part of a whole they are, as DTensors do; update transformers, or shard the model by FSDP2 "
+            "(fully_shard)."
         )
+    if gathers and (parallel or max(cuts, default=0) > 1):
+        raise PlanError(
+            "FSDP2 over tensor-parallel ranks cuts weights twice, where a rank's part of a region is not one box; use "
+            "one of the two (fully_shard over one mesh dimension, or DistributedConfig(tp_size=…) alone)."
+        )
+
+
+def check_parallel(host: nn.Module) -> None:
+    """Raise for tensor-parallel models in which regions are not expressible, and for what has not been proven there."""
+    base = unwrap(host)
+    if not is_tensor_parallel(base):
+        return
+    if ddp_of(host) is not None:
+        raise PlanError(
+            "DDP around a tensor-parallel model averages parts of weights as if each were all of one; give every rank "
+            "the same rows without DDP, or shard the model by FSDP2 (fully_shard)."
+        )
+    if is_compiled(host):
+        raise PlanError(
+            "tensor-parallel layers under surgery pick rows by their labels, which a compiled graph of them cannot; "
+            "leave the model uncompiled, or shard it by FSDP2 (fully_shard)."
+        )
+    adapted = type(base).__name__ == "Adapted" or any(hasattr(m, "base_layer") for m in base.modules())
+    if adapted:
+        raise PlanError(
+            "an adapter adds up whole inputs and outputs of layers, and a rank of a tensor-parallel model has parts of "
+            "one or the other; shard the model by FSDP2 (fully_shard), or use DDP."
+        )
+    require_expressible(base)
 
 
 def is_fsdp(module: nn.Module) -> bool:

@@ -27,8 +27,9 @@ class Pass:
     Args:
         name: Name of the pass, in results, logs and ``freeze(…, unless=name)``.
         loss: ``loss(outputs, batch, refs) -> scalar``, a mean over its tokens (a loss over other items has an
-            attribute ``count(batch)``, their number); or several by name over the *one* forward. The default is the
-            next token's; models that predict something else take ``gs.losses.model_loss``.
+            attribute ``count(batch)``, their number); or several by name over the *one* forward, whose backwards run
+            the last first, so that what a divergence keeps (last) is gone before there are two gradients. The default
+            is the next token's; models that predict something else take ``gs.losses.model_loss``.
         under: Forward transforms of this pass, and keys, which are applied in this order.
         stream: Take the sub-batch ``batch[stream]``.
         rows: Take the rows that this bool column flags (``"~column"``: the others).

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import BatchError
-from gradsurgery.losses.references.base import evaluating
+from gradsurgery.losses.references.base import ReadOnce, evaluating
+from gradsurgery.surgery.agreement import failing_together
 from gradsurgery.surgery.batches import PassBatch
 from gradsurgery.surgery.hosts import recover, reduce_again, sync_every_backward
 from gradsurgery.surgery.items import NumItems, items_of, per_item
-from gradsurgery.surgery.passes import Pass
+from gradsurgery.surgery.passes import Loss, Pass
 from gradsurgery.surgery.slots import Slots
+from gradsurgery.tensors import added_after, lay_out_gradients_
 from gradsurgery.transforms.engine.hooks import Switchboard
 from gradsurgery.transforms.engine.plan import ForwardPlan
 from gradsurgery.transforms.engine.run import Run
+from gradsurgery.transforms.engine.styles import summed_apart
 
 Backward = Callable[..., Any]
 
@@ -30,6 +33,7 @@ class PassRunner:
         model: What is called in a forward, wrappers included.
         sync: FSDP2 reduces in every backward: what it would keep to itself meanwhile belongs to no slot, and follows
             no key.
+        apart: Parameters whose ``.grad`` a tensor-parallel model sums over ranks after every backward.
         losses: By loss, the sum over its items in this step so far, and their number.
     """
 
@@ -44,6 +48,7 @@ class PassRunner:
     ) -> None:
         self.model, self.base, self.plans, self.board = model, base, plans, board
         self.slots, self.sync = slots, sync
+        self.apart = summed_apart(base)
         self.losses: dict[str, tuple[Tensor, Any]] = {}
 
     def run(
@@ -64,11 +69,13 @@ class PassRunner:
                 sync_every_backward(self.base)
             outputs = self.model(**share.inputs)
             self.board.check_called(self.model)
-            losses = {name: loss(outputs, share.batch, refs) for name, loss in p.losses.items()}
+            with failing_together(self.base, self.model, f"pass {p.name!r}"):  # in C2, say, and none is left there
+                losses = {name: loss(outputs, share.batch, lent(refs, p, loss)) for name, loss in p.losses.items()}
+                for name, loss in losses.items():
+                    require_finite(name, loss)
             del outputs, refs  # logits that no loss saved need not live through the backward
-            for name, loss in losses.items():
-                require_finite(name, loss)
-            for k, (name, loss) in enumerate(losses.items()):
+            while losses:  # the last first: what it alone keeps goes before a second gradient is there
+                name, loss = losses.popitem()
                 factor: Any = p.factor(passes) * share.share
                 items: Any = 1.0
                 if num_items is not None:
@@ -76,14 +83,16 @@ class PassRunner:
                     part = per_item(items, num_items, name)
                     factor = p.factor(passes) * part.to(torch.promote_types(loss.dtype, torch.float32))
                 scaled = loss if isinstance(factor, float) and factor == 1.0 else loss * factor
-                more = {"retain_graph": True} if k + 1 < len(losses) else {}
-                with self.slots.installed(p.slot(name), parameters):
+                more = {"retain_graph": True} if losses else {}
+                apart = [parameters[own] for own in self.apart]
+                with self.slots.installed(p.slot(name), parameters), added_after(apart):
                     (backward or Tensor.backward)(scaled, **more)
-                    if k:
+                    lay_out_gradients_(parameters.values())
+                    if out:
                         reduce_again(self.model, parameters.values())
                 out[name] = loss.detach().float() * share.share
                 self._record(name, out[name], items)
-        return out
+        return {name: out[name] for name in p.losses}
 
     def _recover(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is not None:
@@ -99,6 +108,11 @@ class PassRunner:
             return {}
         with evaluating(self.base):
             return {name: reference(self.model, inputs_of(reference, share)) for name, reference in p.refs.items()}
+
+
+def lent(refs: dict[str, Any], p: Pass, loss: Loss) -> dict[str, Any]:
+    """The references for a loss; where others keep the graph, it can let go of them in its one backward."""
+    return ReadOnce(refs) if len(p.losses) > 1 and getattr(loss, "backwards", 1) == 1 else refs
 
 
 def inputs_of(reference: Any, share: PassBatch) -> dict[str, Any]:

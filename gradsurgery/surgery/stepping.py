@@ -24,7 +24,7 @@ from gradsurgery.errors import PlanError
 from gradsurgery.keys.step import StepUnder
 from gradsurgery.surgery.method import Method
 from gradsurgery.surgery.slots import Probe, Slots
-from gradsurgery.tensors import gather, reshard, sum_over_shards
+from gradsurgery.tensors import gather, lay_out_gradients_, reshard, sum_over_shards
 from gradsurgery.transforms.clip import Clip
 from gradsurgery.transforms.engine.program import box_columns
 from gradsurgery.transforms.freeze import Freeze
@@ -134,6 +134,8 @@ class Stepper:
         if self.finished or not self.enabled:
             return
         self.finished = True
+        self.metrics.clear()  # what this step does not measure again is of another one
+        lay_out_gradients_(self.model.parameters())
         probe, self.probe = self.probe, None
         if probe is not None and isinstance(slots, Slots) and (factor := probe.factor()) != 1.0:
             slots.follow(factor)

@@ -14,8 +14,8 @@ from gradsurgery.anatomy.region import Region
 from gradsurgery.anatomy.space import unwrap
 from gradsurgery.errors import BatchError, PlanError, SlotError
 from gradsurgery.keys.configuration import require_c1
-from gradsurgery.surgery.agreement import require_agreement
-from gradsurgery.surgery.batches import batch_for, label_columns
+from gradsurgery.surgery.agreement import failing_together, require_agreement
+from gradsurgery.surgery.batches import PassBatch, batch_for, label_columns
 from gradsurgery.surgery.checkpoint import state_of, take_state
 from gradsurgery.surgery.hosts import Buffers, check_backward, check_host, has_several_backwards
 from gradsurgery.surgery.items import NumItems, count_items
@@ -25,7 +25,7 @@ from gradsurgery.surgery.runner import Backward, PassRunner, run_of
 from gradsurgery.surgery.slots import Probe, Slots
 from gradsurgery.surgery.stepping import Stepper
 from gradsurgery.tensors import reshard
-from gradsurgery.transforms.engine.hooks import Switchboard
+from gradsurgery.transforms.engine.hooks import Switchboard, is_compiled
 
 
 class Surgery:
@@ -51,6 +51,7 @@ class Surgery:
         self._enabled = True
         self._had_main = False
         self._agreed = False
+        self._first = True
         self.attached = True
 
     @property
@@ -117,7 +118,7 @@ class Surgery:
             PlanError: the gradient stage of this step has run already; schedules, and no bound optimizer to count by.
         """
         self._require_attached()
-        self._agree()  # before anything that one rank alone may refuse
+        self._agree(batch)  # before anything that one rank alone may refuse
         check_backward(backward, num_items)
         self._stepper.abandon()
         if not self._stepper.bound and (scheduled := [p.name for p in self.method.passes if p.when is not None]):
@@ -141,7 +142,9 @@ class Surgery:
             self._passes.losses = {}
         running = self._scheduled()
         self._require_c1()
-        shares = {p.name: batch_for(p, batch, self.base, self.method.columns) for p in running}
+        with failing_together(self.base, self.model, "reading the batch", always=self._first):
+            shares = self._shares(running, batch)
+        self._first = False
         out: dict[str, Tensor] = {}
         if self._buffers is not None:
             self._buffers.hold(self.model)
@@ -155,11 +158,16 @@ class Surgery:
             self._stepper.probe = Probe.of(self.base)
         return out
 
-    def _agree(self) -> None:
-        """All ranks run this method, from this step on."""
+    def _shares(self, passes: Sequence[Pass], batch: Mapping[str, Any]) -> dict[str, PassBatch]:
+        """What each pass takes of a batch."""
+        compiled = any(p.rows for p in passes) and is_compiled(self.model)
+        return {p.name: batch_for(p, batch, self.base, self.method.columns, compiled) for p in passes}
+
+    def _agree(self, batch: Mapping[str, Any]) -> None:
+        """All ranks run this method, from this step on; those of one tensor-parallel model on the same rows."""
         if not self._agreed:
             reshard(self.base)
-            require_agreement(self.method, self.base, self.model, self.step)
+            require_agreement(self.method, self.base, self.model, self.step, batch)
             self._agreed = True
 
     def _require_c1(self) -> None:
@@ -225,7 +233,7 @@ class Surgery:
             with self.slots.anew(slot):
                 for batch in given:
                     for p in passes:
-                        share = batch_for(p, batch, self.base, self.method.columns)
+                        share = self._shares([p], batch)[p.name]
                         self._passes.run(p, share, len(passes), num_items, None)
             losses = self._passes.losses
         finally:
@@ -265,7 +273,7 @@ class Surgery:
             raise PlanError(f"running needs the name of one pass: {', '.join(p.name for p in self.method.passes)}.")
         require_plain(chosen[0], "a forward and backward of your own", "surgery.backward")
         columns = label_columns(chosen[0], batch or {})
-        self._agree()
+        self._agree(batch or {})
         reshard(self.base)
         self._require_c1()
         with ExitStack() as stack:

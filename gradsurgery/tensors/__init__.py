@@ -27,6 +27,13 @@ from gradsurgery.tensors.dots import (
 )
 from gradsurgery.tensors.exchange import Exchange
 from gradsurgery.tensors.lines import Lines, LineSwap
+from gradsurgery.tensors.parallel import (
+    added_after,
+    is_laid_out,
+    is_tensor_parallel,
+    lay_out_gradients_,
+    returns_whole,
+)
 from gradsurgery.tensors.settle import reshard, settle, unreduced
 
 __all__ = [
@@ -36,19 +43,24 @@ __all__ = [
     "Indices",
     "LineSwap",
     "Lines",
+    "added_after",
     "aligned",
     "all_reduce_",
     "fill_",
     "gather",
     "in_boxes_only",
     "inner_products",
+    "is_laid_out",
     "is_sharded",
+    "is_tensor_parallel",
+    "lay_out_gradients_",
     "local_of",
     "local_part",
     "pieces",
     "put_",
     "replicated",
     "reshard",
+    "returns_whole",
     "row_products",
     "scale_",
     "settle",

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradsurgery.errors import PlanError
+
 Box = tuple["Indices", ...]
 
 
@@ -57,6 +59,11 @@ def local_part(tensor: Tensor, boxes: Sequence[Box]) -> tuple[Tensor, list[Box]]
         return tensor, [box for box in boxes if all(len(i) for i in box)]
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    if any(type(p).__name__ == "_StridedShard" for p in tensor.placements):  # type: ignore[attr-defined]
+        raise PlanError(
+            f"a tensor is laid out as {tuple(tensor.placements)}, in which no rank holds consecutive entries of it; "  # type: ignore[attr-defined]
+            f"shard it along one dimension (fully_shard over one mesh dimension)."
+        )
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
     out = []
     for box in boxes:

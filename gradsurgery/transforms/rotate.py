@@ -32,18 +32,32 @@ class Weights:
 
     def __init__(self, coordinates: Coordinates) -> None:
         self.coordinates = coordinates
-        self._vectors: dict[Any, torch.Tensor | None] = {}
+        self.vectors: dict[Any, torch.Tensor] = {}
         self._planned: dict[str, RotatedWeight] = {}
 
     def __call__(self, name: str, parameter: nn.Parameter) -> RotatedWeight:
         if name not in self._planned:
-            basis, device = self.coordinates.basis, local(parameter).device
-            key = basis.site(name).key
-            if (key, device) not in self._vectors:
-                found = basis.vectors[key]
-                self._vectors[key, device] = found.to(device) if found is not None else None
-            self._planned[name] = RotatedWeight(self.coordinates, name, parameter, self._vectors[key, device])
+            key, device = self.coordinates.basis.site(name).key, local(parameter).device
+            stored = self.coordinates.basis.vectors[key]
+            found = self.vectors.get((key, device, 0)) if stored is not None else None
+            if found is None and stored is not None:
+                found = stored.to(device)
+            weight = self._planned[name] = RotatedWeight(self.coordinates, name, parameter, found)
+            if weight.vectors is not None:
+                weight.vectors = self._kept(key, weight.vectors, stored)
         return self._planned[name]
+
+    def _kept(self, key: str, part: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor:
+        """A part of a basis, on its weight's device once for all weights that need the same, without the rest."""
+        assert stored is not None
+        place = (
+            (key, part.device, part.storage_offset(), *part.shape)
+            if part.shape != stored.shape
+            else (key, part.device, 0)
+        )
+        if place not in self.vectors:
+            self.vectors[place] = part if part.shape == stored.shape or part.device == stored.device else part.clone()
+        return self.vectors[place]
 
     def moving(self, parameters: Mapping[str, nn.Parameter]) -> Iterable[tuple[str, nn.Parameter, RotatedWeight]]:
         """Those that take part in this step and have coordinates that are meant."""

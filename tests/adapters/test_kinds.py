@@ -16,7 +16,7 @@ import gradsurgery as gs
 from gradsurgery.adapters import Kinds, Quantile, Score
 from gradsurgery.errors import ArtefactError, BatchError, DataError, PlanError
 from gradsurgery.evaluation import mean_by_kind, mean_log_probability, token_log_probabilities
-from tests.adapters.tiny import ROWS, adapted, batch, flags, rows_of
+from tests.adapters.tiny import ROWS, adapted, batch, clear, flags, rows_of
 
 QUICK = settings(max_examples=6, deadline=None)
 NAMES = ("student", "teacher", "other")
@@ -85,6 +85,23 @@ def test_labels_and_log_probabilities(mode: Any, kinds: Tensor, flagged: Tensor)
         rates = mean_by_kind(flagged.expand(ROWS) if flagged.dim() == 1 else flagged, kinds, NAMES)
         expected |= {f"quarantine/flagged/{name}": rate for name, rate in rates.items()}
     assert by_kind(found) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_host_that_owns_the_forward_may_erase_with_kinds() -> None:
+    adapter = adapted("llama", rank=3)
+    direction = gs.estimators.paired_direction(adapter.model, adapter, [(batch(2), batch(2, 1))], noise="keep")
+    grads = []
+    for kinds in (None, Kinds("kind", NAMES)):
+        method = gs.methods.quarantine(adapter, "erase", direction=direction, kinds=kinds)
+        with gs.attach(method, adapter.host, torch.optim.SGD(adapter.parameters(), lr=0.0)) as surgery:
+            with surgery.running("train", batch()):
+                adapter.host(**batch()).loss.backward()
+            surgery.finish()
+        kept = adapter.parameters_of("kept").items()
+        grads.append({name: p.grad.clone() for name, p in kept if p.grad is not None})
+        clear(adapter)
+    assert grads[0].keys() == grads[1].keys() != set()
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
 @pytest.mark.parametrize("by", ["sequence", "token"])

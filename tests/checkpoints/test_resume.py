@@ -113,6 +113,29 @@ def test_keep_and_a_step_that_is_saved_twice(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
 
 
+@pytest.mark.parametrize("broken", ["save_state", "write_json", "os.replace", "flush", "dcp.save"])
+def test_a_save_that_fails_leaves_nothing_half_done(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run("sgtm, mask")
+    run.steps(0, 1)
+    run.save(tmp_path)
+    run.steps(1, 2)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"gradsurgery.checkpoints.save.{broken}", fail)
+        with pytest.raises(gs.errors.ArtefactError, match="No space left"):
+            run.save(tmp_path)
+    saved = ["step-00000001", "step-00000002"] if broken == "flush" else ["step-00000001"]  # renamed, it is whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == saved
+    if broken != "flush":
+        run.save(tmp_path)
+    assert Run("sgtm, mask", resumed=True).load(tmp_path) is None
+
+
 def test_gradients_that_wait_and_keyed_models_are_refused(tmp_path: Path) -> None:
     run = Run("sgtm, mask")
     run.surgery.backward(batch_of(run))

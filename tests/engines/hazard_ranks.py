@@ -6,6 +6,7 @@ Run by `tests.engines.equality_ranks`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import gradsurgery as gs
-from gradsurgery.errors import PlanError
+from gradsurgery.errors import GradsurgeryError, PlanError
 from tests.engines.equality import Weights
 from tests.engines.methods import CASES, STEPS, batches, optimizer_of, share
 from tests.engines.ranks import full, host_of
@@ -63,14 +64,15 @@ def resumed_apart(host: str) -> str:
 
 
 def uneven(name: str, host: str) -> float:
-    """Five rows on one rank and three on the other, against all of them in one process."""
+    """Five rows on one rank and three on the other, once all on one; against all of them in one process."""
     found: list[Weights] = []
     for place in ("one", host):
         model, method = CASES[name].start()
         wrapped, optimizer = host_of(model, place), optimizer_of(model)
         with gs.attach(method, wrapped, optimizer) as surgery:
-            for whole in batches(method):
-                mine = whole if place == "one" else rows(whole, *((0, 5), (5, 8))[dist.get_rank()])
+            for step, whole in enumerate(batches(method)):
+                cuts = ((0, 8), (8, 8)) if step == 1 else ((0, 5), (5, 8))
+                mine = whole if place == "one" else rows(whole, *cuts[dist.get_rank()])
                 surgery.backward(mine, num_items=surgery.count_items([mine], average=place != "one"))
                 optimizer.step()
                 optimizer.zero_grad()
@@ -112,6 +114,64 @@ def with_a_forward(name: str, host: str, where: str) -> Weights:
     return full(model)
 
 
+def one_fails(host: str, where: str) -> str:
+    """One rank's batch cannot be read, or its loss is none, in C2: all say so, and the next step is as ever."""
+    found: list[Weights] = []
+    said = ""
+    for fails in (False, True):
+        model, method = CASES["tiered"].start()
+        failing: list[bool] = []
+        passes = [dataclasses.replace(p, loss=Failing(p.name == "C2", failing)) for p in method.passes]
+        wrapped, optimizer = host_of(model, host), optimizer_of(model)
+        with gs.attach(gs.Method(passes, method.gradient, method.update), wrapped, optimizer) as surgery:
+            for step, whole in enumerate(batches(method)):
+                mine = share(whole, dist.get_rank(), 2)
+                if fails and step == 1:
+                    broken = dist.get_rank() == 1
+                    failing += [True] * (broken and where == "loss")
+                    mine = {} if broken and where == "batch" else mine
+                    try:
+                        surgery.backward(mine)
+                    except (GradsurgeryError, ArithmeticError) as error:
+                        said = str(error)
+                    failing.clear()
+                    optimizer.zero_grad()
+                    mine = share(whole, dist.get_rank(), 2)
+                surgery.backward(mine)
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append(full(model))
+    assert gap(*found) == 0.0
+    return said
+
+
+def basis_kept(name: str) -> dict[str, float]:
+    """How many numbers of bases a rank keeps for its shards after a step, and how many the whole bases have."""
+    model, method = CASES[name].start()
+    wrapped, optimizer = host_of(model, "fsdp2"), optimizer_of(model)
+    with gs.attach(method, wrapped, optimizer) as surgery:
+        surgery.backward(batch(4))
+        optimizer.step()
+        (update,) = (state for state in surgery._stepper.states if "weights" in state)
+        weights = update["weights"]
+        kept = sum(part.numel() for part in weights.vectors.values())
+        keys = {weights.coordinates.basis.site(name).key for name in weights._planned}
+        whole = [weights.coordinates.basis.vectors[key] for key in keys]
+    return {"kept": kept, "whole": sum(vectors.numel() for vectors in whole if vectors is not None)}
+
+
+class Failing:
+    """A loss that fails in one pass while it is asked to."""
+
+    def __init__(self, here: bool, asked: list[bool]) -> None:
+        self.here, self.asked = here, asked
+
+    def __call__(self, outputs: Any, rows: Any, refs: Any) -> torch.Tensor:
+        if self.here and self.asked:
+            raise ArithmeticError("no loss on this rank")
+        return gs.losses.causal_lm(outputs, rows, refs)
+
+
 def evaluate(wrapped: Any) -> None:
     with torch.no_grad():
         wrapped(input_ids=batch(2)["input_ids"], use_cache=False)
@@ -139,6 +199,8 @@ def hazards(names: Sequence[str]) -> dict[str, Any]:
             "differ": {what: disagreement(what, host) for what in DIFFER},
             "resumed": resumed_apart(host),
             "uneven": {name: uneven(name, host) for name in names},
+            "bases": {name: basis_kept(name) for name in ("warp", "actsvd")} if host == "fsdp2" else {},
+            "one fails": {where: one_fails(host, where) for where in ("loss", "batch")},
             "interrupted": {name: interrupted(name, host) for name in names},
         }
     everywhere: list[Any] = [None, None]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import gradsurgery as gs
-from gradsurgery.errors import PlanError
+from gradsurgery.errors import BatchError, PlanError
 from gradsurgery.keys.configuration import require_c1
+from gradsurgery.transforms.base import Traits
+from gradsurgery.transforms.stages import GradientTransform, StepContext
 from tests.engines.hazard_ranks import DIFFER
 from tests.engines.methods import CASES, batches, optimizer_of
 from tests.engines.ranks import full
@@ -33,6 +35,11 @@ def test_ranks_that_differ_and_forwards_without_a_backward(scope: str, request: 
                 assert said[what].startswith("the ranks disagree on"), (what, said[what])
             resumed = found[rank][host]["resumed"]
             assert "disagree on the optimizer step" in resumed and f"rank {rank}, is at step {5 * int(rank)}" in resumed
+            for name, bases in found[rank][host]["bases"].items():  # the input side needs all, the output side a half
+                assert bases["kept"] <= bases["whole"] * (0.5 if name == "actsvd" else 1.0), (name, bases)
+            for where, text in (("loss", "no loss on this rank"), ("batch", "holds no tensor with rows")):
+                assert text in found[rank][host]["one fails"][where]
+                assert rank == "1" or "failed on rank 1" in found[rank][host]["one fails"][where]
             uneven, interrupted = found[rank][host]["uneven"], found[rank][host]["interrupted"]
             assert uneven.keys() == interrupted.keys() and len(uneven) > 1
             for name in uneven:
@@ -113,6 +120,32 @@ def test_another_optimizer_than_the_bound_one_is_refused() -> None:
             assert gap(weights(model), before) == 0.0
             with pytest.raises(PlanError, match="bound to another optimizer"):
                 surgery.bind(second)
+
+
+class EverySecond(GradientTransform):
+    """Measures something in some steps alone."""
+
+    traits = Traits(linear=True)
+
+    def apply(self, context: StepContext, state: dict[str, Any]) -> None:
+        context.metrics |= {"seen": 1.0} if context.step % 2 == 0 else {}
+
+
+def test_metrics_are_of_the_last_step_alone() -> None:
+    model = build()
+    optimizer = optimizer_of(model)
+    with gs.attach(gs.Method([gs.Pass("p")], gradient=[EverySecond(), gs.clip(1.0)]), model, optimizer) as surgery:
+        for step in range(4):
+            surgery.backward(batch(seed=step))
+            optimizer.step()
+            optimizer.zero_grad()
+            assert set(surgery.metrics()) == {"loss/p", "grad_norm"} | ({"seen"} if step % 2 == 0 else set())
+
+
+def test_a_batch_without_rows_is_an_error_where_no_other_rank_has_some() -> None:
+    empty = {name: value[:0] for name, value in batch().items()}
+    with gs.attach(gs.methods.plain(), build()) as surgery, pytest.raises(BatchError, match="has no rows"):
+        surgery.backward(empty)
 
 
 def sharded_by_hand() -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 import gradsurgery as gs
 from gradsurgery.errors import DataError
 from gradsurgery.evaluation import evaluate, relearn
-from gradsurgery.evaluation.relearn import _batches
+from gradsurgery.evaluation.relearn import _batches, _pairs
 from tests.surgery.tiny import VOCABULARY, anatomy, build, forget_of, weights
 
 
@@ -27,7 +27,7 @@ def by_hand(model: Any, forget: Tensor, retain: Tensor, steps: int, lr: float) -
     """The plain loop."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     out = [evaluate(model, {"f": forget}, 4)["f"]["loss"]]
-    for _, batch in zip(range(steps), _batches(forget, retain, 2, 0, torch.device("cpu")), strict=False):
+    for _, batch in zip(range(steps), _batches(_pairs(forget, retain), 2, 0, torch.device("cpu")), strict=False):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
         labels = batch["labels"][:, 1:]
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten()).backward()
@@ -62,11 +62,39 @@ def test_steps_are_those_of_a_plain_loop(kind: str) -> None:
 def test_each_batch_is_half_and_half_and_no_sequence_comes_twice_before_all_came() -> None:
     forget, retain = torch.arange(14).reshape(7, 2), torch.arange(100, 110).reshape(5, 2)
     seen: list[int] = []
-    for _, batch in zip(range(7), _batches(forget, retain, 2, 0, torch.device("cpu")), strict=False):
+    for _, batch in zip(range(7), _batches(_pairs(forget, retain), 2, 0, torch.device("cpu")), strict=False):
         assert batch["forget"].tolist() == [True, True, False, False] and torch.equal(batch["retain"], ~batch["forget"])
         assert (batch["input_ids"][:2] < 14).all() and (batch["input_ids"][2:] >= 100).all()
         seen += batch["input_ids"][:2, 0].tolist()
     assert sorted(seen[:7]) == sorted(seen[7:]) == forget[:, 0].tolist()
+
+
+def test_prompts_are_read_and_left_out_of_the_loss() -> None:
+    forget, retain = data()
+    prompts = torch.arange(8) < torch.arange(1, 7)[:, None]
+    text = (forget, forget.masked_fill(prompts, -100))
+    seen: list[Tensor] = []
+
+    def loss(outputs: Any, batch: Any, refs: Any) -> Tensor:
+        seen.append(batch["labels"][:2])
+        return gs.losses.causal_lm(outputs, batch, refs)
+
+    model = build()
+    found = relearn(model, gs.Method([gs.Pass("p", loss)]), text, retain, 0.0, steps=3, batch_size=4)
+    chosen = {tuple(row.tolist()) for row in text[1]}
+    assert len(seen) == 3 and {tuple(row.tolist()) for rows in seen for row in rows} == chosen
+    with torch.no_grad():  # one row after the other: what follows the prompt alone
+        logits = model(input_ids=forget, use_cache=False).logits
+    each = [
+        torch.nn.functional.cross_entropy(logits[b, t - 1], forget[b, t])
+        for b in range(6)
+        for t in range(1, 8)
+        if t > b
+    ]
+    assert found.curve[0].forget == pytest.approx(float(torch.stack(each).mean()), abs=1e-5)
+    with_all = relearn(model, None, forget, (retain, retain), 0.0, steps=3, batch_size=4)
+    assert with_all.curve == relearn(model, None, (forget, forget), retain, 0.0, steps=3, batch_size=4).curve
+    assert with_all.curve[-1].forget != found.curve[-1].forget
 
 
 def test_by_a_method_and_without_restoring() -> None:
@@ -114,6 +142,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"forget": torch.zeros(0, 8, dtype=torch.long)}, "nothing to learn"),
     ({"retain": torch.full((2, 8), -1)}, "nothing to learn"),
     ({"forget": torch.ones(2, 5, dtype=torch.long)}, "pad the shorter"),
+    ({"forget": (torch.ones(2, 8).long(), torch.full((2, 8), -100))}, "nothing to learn"),
+    ({"retain": (torch.ones(2, 8).long(), torch.ones(2, 7).long())}, "of one shape"),
     ({"parameters": []}, "no parameter"),
 ]
 

@@ -60,6 +60,7 @@ KNOWN: dict[str, Callable[[], bool]] = {
     "_DropoutNd": lambda: issubclass(nn.Dropout, nn.modules.dropout._DropoutNd),
     "_reversed_padding_repeated_twice": lambda: hasattr(nn.Conv1d(1, 1, 1), "_reversed_padding_repeated_twice"),
     # torch: compile and what is sharded
+    "_dynamo": lambda: callable(torch._dynamo.maybe_mark_dynamic),
     "_functorch": lambda: isinstance(torch._functorch.config.donated_buffer, bool),
     "_orig_mod": lambda: "_orig_mod" in torch.compile(nn.Linear(1, 1), backend="eager")._modules,  # type: ignore[attr-defined]
     "_local_tensor": in_source("_local_tensor", "torch.distributed.tensor._api"),

@@ -10,6 +10,7 @@ import copy
 import json
 import random
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 import gradsurgery as gs
+from benchmarks.memory import allocated
 from gradsurgery.errors import BatchError, PlanError, SlotError
 from gradsurgery.surgery.checkpoint import load_state, save_state
 from tests.methods.hand import (
@@ -481,6 +484,85 @@ def test_references_are_interchangeable(kind: str, tmp_path: Any) -> None:
         found[name] = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     for name in ("snapshot", "cached"):
         torch.testing.assert_close(found[name], found["frozen"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_the_references_logits_go_before_a_second_gradient(kind: str) -> None:
+    """The divergence's backward comes first and lets go of them, though it keeps the graph for the other loss."""
+    teacher, model = build(kind), build(kind, seed=1)
+    given: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    def reference(model: Any, inputs: Any) -> Tensor:
+        logits = gs.losses.frozen(teacher)(model, inputs)
+        given.append(weakref.ref(logits.untyped_storage()))
+        return logits
+
+    def backward(loss: Tensor, **options: Any) -> None:
+        alive.append(given[0]() is not None)
+        loss.backward(**options)
+        alive.append(given[0]() is not None)
+
+    with gs.attach(gs.methods.opposed(reference), model) as surgery:
+        losses = surgery.backward(batch(3, 0), backward=backward)
+    assert alive == [True, False, False, False] and list(losses) == ["sft", "kl"]
+
+
+@pytest.mark.parametrize("scope", ["global", "row"])
+def test_a_step_takes_less_than_one_gradient_more_than_the_stock_step(scope: Any) -> None:
+    """At its peak, of all allocations, where logits outweigh what one layer's backward takes; the reference model was
+    there before."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=4096,
+        hidden_size=128,
+        num_layers=4,
+        num_heads=4,
+        attention_types=[[["global", "local"], 2]],
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model, teacher = GPTNeoForCausalLM(config), GPTNeoForCausalLM(config)
+    ids = torch.randint(0, config.vocab_size, (2, 128))
+
+    def stock() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    least = allocated(stock)
+    with gs.attach(gs.methods.opposed(gs.losses.frozen(teacher), scope=scope), model) as surgery:
+
+        def step() -> None:
+            surgery.backward({"input_ids": ids, "labels": ids})
+            surgery.finish()
+            model.zero_grad()
+
+        most = allocated(step)
+    assert most - least <= sum(4 * p.numel() for p in model.parameters())
+
+
+def test_a_loss_with_several_backwards_says_so() -> None:
+    """What reads a reference in a second backward of its own keeps it where it declares that, and is refused else."""
+    teacher, model = build("opt"), build("opt", seed=1)
+
+    def twice(outputs: Any, batch: Any, refs: Any) -> Tensor:
+        loss = gs.losses.kl_divergence(outputs, batch, refs)
+        torch.autograd.grad(loss, outputs.logits, retain_graph=True)
+        return loss
+
+    method = gs.methods.opposed(gs.losses.frozen(teacher), kl=twice)
+    with gs.attach(method, model) as surgery, pytest.raises(PlanError, match=r"loss\.backwards = 2"):
+        surgery.backward(batch(3, 0))
+    twice.backwards = 2  # type: ignore[attr-defined]
+    found = []
+    for loss in (twice, gs.losses.kl_divergence):
+        model.zero_grad()
+        with gs.attach(gs.methods.opposed(gs.losses.frozen(teacher), kl=loss), model) as surgery:
+            surgery.backward(batch(3, 0))
+            surgery.finish()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_another_vocabulary_is_named() -> None:

@@ -146,7 +146,8 @@ def test_how_far_left_by_hand(tmp_path: Path) -> None:
     (row,) = gap_rows(found)
     # slope 1: at equal forget loss the filter's retain loss is `higher` more, of which 0.05 are lost again
     assert row["retain loss less at equal forget loss"] == f"{higher - 0.05:.3f}" and row["left in"] == "1 of 1"
-    assert row["forget loss more at equal retain loss"] == f"{higher - 0.05:.3f}" and row["against"] == "data_filter"
+    assert row["against"] == "data_filter"
+    assert row["forget loss more at equal retain loss"] == f"{higher - 0.05:.3f}" and row["above in"] == "1 of 1"
 
 
 def test_what_is_done_is_not_done_again_and_the_rest_is(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradsurgery.anatomy.quantised import quantised, shape_of
 from gradsurgery.anatomy.space import own_class
 from gradsurgery.errors import AnatomyError
-from gradsurgery.tensors import is_sharded
+from gradsurgery.tensors import is_laid_out, is_sharded
 
 _FSDP = ("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
 
@@ -39,6 +39,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(_value(parameter))
     for module in model.modules():
         kept = {name: value for name, value in vars(module).items() if not name.startswith(_FSDP)}
+        if is_laid_out(module):
+            del kept["forward"]  # the class's own computes on whole weights
         for name in kept:
             if name.endswith("_hooks"):
                 kept[name] = type(kept[name])()

@@ -46,6 +46,10 @@ class Reference:
         return f"{type(self).__name__}()"
 
 
+class ReadOnce(dict[str, Any]):
+    """What the references of a pass gave, for a loss with one backward: what it keeps of them may go with that."""
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is in eval mode and no graph is built.

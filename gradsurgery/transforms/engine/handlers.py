@@ -23,6 +23,9 @@ class Handler:
     def __init__(self, module: nn.Module, program: Program) -> None:
         self.program = program
 
+    def begin(self, run: Run) -> None:
+        """Before the forwards of a pass, outside of any compiled graph."""
+
     def before(self, module: nn.Module, call: Call, run: Run) -> Call:
         return call
 

@@ -74,6 +74,9 @@ class Switchboard:
         for path in plan.handlers:
             _acting[self._modules[path]] = self
         try:
+            for handlers in plan.handlers.values():
+                for handler in handlers:
+                    handler.begin(run)
             yield
         finally:
             for path, handlers in plan.handlers.items():

@@ -10,13 +10,16 @@ from transformers.pytorch_utils import Conv1D
 
 from gradsurgery.anatomy.space import ParameterSpace, own_class, require_same_space, unwrap
 from gradsurgery.errors import PlanError, SelectionError
+from gradsurgery.tensors import is_sharded, is_tensor_parallel
 from gradsurgery.transforms.base import Effect, ForwardTransform, InputEffect, WeightEffect
 from gradsurgery.transforms.engine.embedding import EmbeddingHandler
 from gradsurgery.transforms.engine.handlers import Handler, LinearHandler, SwapHandler
 from gradsurgery.transforms.engine.inputs import InputHandler
+from gradsurgery.transforms.engine.parallel import ParallelLinearHandler
 from gradsurgery.transforms.engine.program import build_program
 from gradsurgery.transforms.engine.readers import read_instead_of_called, read_of_children
 from gradsurgery.transforms.engine.rerun import RerunHandler
+from gradsurgery.transforms.engine.styles import require_expressible, summed_apart
 
 Owners = dict[str, list[tuple[str, str]]]
 """Canonical parameter name -> every ``(module path, attribute)`` that reads it."""
@@ -75,6 +78,9 @@ class ForwardPlan:
         self.model = unwrap(model)
         self.space = ParameterSpace.of(self.model)
         self.transforms = tuple(transforms)
+        parallel = is_tensor_parallel(self.model)
+        if parallel:
+            require_expressible(self.model)
         for transform in self.transforms:
             check_fits(transform, self.model, self.space)
         owners = owners_of(self.model, self.space)
@@ -86,7 +92,14 @@ class ForwardPlan:
                     if isinstance(effect, WeightEffect):
                         path, attribute = reader_of(modules, path, attribute)
                     effects.setdefault(path, []).append((attribute, effect))
-        self.handlers = {path: build_handlers(modules[path], path, found) for path, found in effects.items()}
+        for name in sorted(summed_apart(self.model)) if parallel else ():
+            if name.rpartition(".")[0] in effects:
+                raise PlanError(
+                    f"{name} has a gradient on each rank of this tensor-parallel model that is of its own heads "
+                    f"alone, summed by a hook on the parameter itself, which forward transforms would hide from it; "
+                    f"leave it out of the region."
+                )
+        self.handlers = {path: build_handlers(modules[path], path, found, parallel) for path, found in effects.items()}
         self.tokens_first = frozenset(path for path in self.handlers if is_tokens_first(modules, path))
 
     @property
@@ -106,17 +119,28 @@ def check_fits(transform: ForwardTransform, model: nn.Module, space: ParameterSp
             )
 
 
-def build_handlers(module: nn.Module, path: str, effects: Iterable[tuple[str, Effect]]) -> list[Handler]:
-    """The handlers of one module, in the order in which they see its input."""
+def build_handlers(
+    module: nn.Module, path: str, effects: Iterable[tuple[str, Effect]], parallel: bool = False
+) -> list[Handler]:
+    """The handlers of one module, in the order in which they see its input.
+
+    ``parallel``: ranks compute with what they hold of the weights.
+    """
     effects = list(effects)
     is_linear = own_class(module) in (nn.Linear, Conv1D)
     program = build_program(path, effects, zeros_are_atoms=is_linear)
+    cut = parallel and any(is_sharded(parameter) for parameter in module.parameters(recurse=False))
     if is_linear:
-        return [LinearHandler(module, program)]
+        return [ParallelLinearHandler(module, program) if cut else LinearHandler(module, program)]
     if isinstance(module, nn.Embedding) and not program.edits:
         whole_rows = all(box[0].whole for atoms in program.atoms.values() for atom in atoms for box in atom.boxes)
         if whole_rows or own_class(module) is nn.Embedding:
             return [EmbeddingHandler(module, program)]
+    if cut:
+        raise PlanError(
+            f"{path} ({type(module).__name__}) computes in a way of its own with the parts of its weights that lie on "
+            f"a rank; leave it out of the region, or of the tensor-parallel plan."
+        )
     inputs = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(program.edits) == {"weight"}
     if inputs:
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1:

@@ -40,6 +40,11 @@ class RotatedWeight:
         name: The weight's name.
         parameter: The weight, as it lies on this rank.
         vectors: The basis on the weight's device, ``None`` for the identity.
+
+    Attributes:
+        vectors: What of the basis this rank's part needs, a view; ``None`` where coordinates are entries. At the input
+            side every row needs all of it; at the output side, of which FSDP2 shards the outputs, a rank needs its
+            own outputs' rows, and of a stack its own matrices.
     """
 
     def __init__(self, coordinates: Coordinates, name: str, parameter: Tensor, vectors: Tensor | None) -> None:
@@ -66,6 +71,9 @@ class RotatedWeight:
             self._plan_entries(own, parameter)
         else:
             self._plan_rotated(mask, shape, width)
+            assert vectors is not None
+            vectors = vectors[..., self.part.columns, :]
+            self.vectors = vectors[self.part.stack] if vectors.dim() == 3 else vectors
 
     def _plan_entries(self, own: Tensor, parameter: Tensor) -> None:
         """The coordinates are entries: a mask of the weight's own shape."""
@@ -146,8 +154,7 @@ class RotatedWeight:
         matrix = matrix.mT if self.side == "output" else matrix
         dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
         vectors = self.vectors if self.index is None else self.vectors.index_select(-1, self.index)
-        vectors = vectors[..., self.part.columns, :]
-        vectors = (vectors[self.part.stack] if vectors.dim() == 3 else vectors).to(dtype)
+        vectors = vectors.to(dtype)
         for piece in self.pieces:
             rows = matrix[piece.rows]
             each = vectors[piece.rows] if vectors.dim() == 3 else vectors
