@@ -18,7 +18,9 @@ from torch import Tensor
 class Asked(Protocol):
     """What knows, by the time of a backward, which rows teach the kept part."""
 
-    def taught(self, path: str, lead: tuple[int, ...]) -> Tensor: ...
+    def taught(self, path: str, lead: tuple[int, ...]) -> Tensor:
+        """The rows of the layer at ``path`` that teach, bool ``lead``."""
+        ...
 
 
 _numbers = itertools.count()

@@ -24,6 +24,7 @@ class Scored:
     """
 
     backwards = 2  # through one forward: for the score, and for the gradient
+    collective = True  # ranks gather scores, so that one that fails before leaves the others there
 
     def __init__(self, loss: Any, route: Route) -> None:
         self.loss, self.route = loss, route

@@ -84,7 +84,10 @@ def failing_together(base: nn.Module, host: nn.Module, what: str, always: bool =
     for group in groups:
         dist.all_reduce(text, dist.ReduceOp.MAX, group=group)
     if failed is not None:
-        raise failed
+        try:
+            raise failed
+        finally:
+            del failed  # its traceback holds this frame, and all that the pass made
     said = bytes(text[text > 0].tolist())
     raise BatchError(f"{what} failed on rank {where}, {said.decode(errors='ignore')}")
 

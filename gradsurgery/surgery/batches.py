@@ -54,7 +54,7 @@ def batch_for(
         batch = batch[p.stream]
     share = 1.0
     if not batch_size(batch):
-        batch, share = stand_in(batch, p.name), 0.0
+        batch, share = stand_in(batch, p), 0.0
     size = batch_size(batch)
     columns = label_columns(p, batch)
     rest = without_labels(batch, known_columns)
@@ -70,16 +70,19 @@ def batch_for(
     return PassBatch(rest, model_inputs(p, rest, unwrap(model)), columns, share)
 
 
-def stand_in(batch: Mapping[str, Any], name: str) -> dict[str, Any]:
+def stand_in(batch: Mapping[str, Any], p: Pass) -> dict[str, Any]:
     """One row of zeros in place of none, where other ranks have rows and would wait for this one.
 
     Raises:
-        BatchError: there are no other ranks, or nothing tells what a row is like.
+        BatchError: there are no other ranks, nothing tells what a row is like, stored references would be read of it,
+            or the model's own loss, a mean over no label, would be taken of it.
     """
     shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     rows = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.shape[:1] == (0,)}
-    if not shared or any(0 in value.shape[1:] for value in rows.values()):
-        raise BatchError(f"the batch of pass {name!r} has no rows; skip empty batches (in a loader, drop_last=True).")
+    reads = any(getattr(reference, "columns", ()) for reference in p.refs.values())
+    reads = reads or any(getattr(loss, "takes_labels", False) for loss in p.losses.values())
+    if not shared or reads or any(0 in value.shape[1:] for value in rows.values()):
+        raise BatchError(f"the batch of pass {p.name!r} has no rows; skip empty batches (in a loader, drop_last=True).")
     fill = {"labels": IGNORED, "attention_mask": 1, "decoder_attention_mask": 1}
     made = {key: value.new_full((1, *value.shape[1:]), fill.get(key, 0)) for key, value in rows.items()}
     return {**batch, **made}

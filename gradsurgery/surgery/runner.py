@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -55,7 +55,9 @@ class PassRunner:
         self, p: Pass, share: PassBatch, passes: int, num_items: NumItems | None, backward: Backward | None
     ) -> dict[str, Tensor]:
         """Run a pass on its share of a batch; returns detached fp32 losses."""
-        refs = self._references(p, share)
+        with failing_together(self.base, self.model, f"a reference of pass {p.name!r}") if p.refs else nullcontext():
+            refs = self._references(p, share)
+        together = not any(getattr(loss, "collective", False) for loss in p.losses.values())
         parameters = dict(self.base.named_parameters())
         out: dict[str, Tensor] = {}
         run = run_of(share.columns, passes, share.inputs)
@@ -69,7 +71,8 @@ class PassRunner:
                 sync_every_backward(self.base)
             outputs = self.model(**share.inputs)
             self.board.check_called(self.model)
-            with failing_together(self.base, self.model, f"pass {p.name!r}"):  # in C2, say, and none is left there
+            whole = failing_together(self.base, self.model, f"pass {p.name!r}") if together else nullcontext()
+            with whole:  # in C2, say, and no rank is left there
                 losses = {name: loss(outputs, share.batch, lent(refs, p, loss)) for name, loss in p.losses.items()}
                 for name, loss in losses.items():
                     require_finite(name, loss)

@@ -131,10 +131,12 @@ class Stepper:
 
     def finish(self, slots: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The gradient stage, once per step."""
-        if self.finished or not self.enabled:
+        if self.finished:
+            return
+        self.metrics.clear()  # what this step does not measure again is of another one
+        if not self.enabled:
             return
         self.finished = True
-        self.metrics.clear()  # what this step does not measure again is of another one
         lay_out_gradients_(self.model.parameters())
         probe, self.probe = self.probe, None
         if probe is not None and isinstance(slots, Slots) and (factor := probe.factor()) != 1.0:

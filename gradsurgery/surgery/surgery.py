@@ -24,7 +24,7 @@ from gradsurgery.surgery.passes import Pass, refreshing, require_plain
 from gradsurgery.surgery.runner import Backward, PassRunner, run_of
 from gradsurgery.surgery.slots import Probe, Slots
 from gradsurgery.surgery.stepping import Stepper
-from gradsurgery.tensors import reshard
+from gradsurgery.tensors import added_after, reshard
 from gradsurgery.transforms.engine.hooks import Switchboard, is_compiled
 
 
@@ -280,6 +280,7 @@ class Surgery:
             for transform in chosen[0].weight_transforms:
                 stack.enter_context(transform.during(self.base, self.slots))
             stack.enter_context(self._board.on(self._plans[chosen[0].name], run_of(columns, 1, batch or {})))
+            stack.enter_context(added_after([self.base.get_parameter(own) for own in self._passes.apart]))
             yield
         self._stepper.ran.add(chosen[0].name)
 
