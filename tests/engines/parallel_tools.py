@@ -69,16 +69,19 @@ def checkpointed(model: Any) -> Weights:
     return stepped(model, METHODS["sgtm, zero"][1])
 
 
-def own_loop(model: Any) -> Weights:
-    """A forward and backward of one's own; norms are measured, clipped and logged."""
-    p = gs.Pass("p", under=[gs.mask(forget_of(), where="forget")])
-    method = gs.Method([p], [gs.clip(0.3)], [gs.freeze(anatomy().neurons[:, :4])])
+def own_loop(kind: str, model: Any) -> Weights:
+    """Forwards and backwards of one's own, two a step; norms are measured, clipped and logged."""
+    edit = gs.zero if kind == "qwen3" else gs.mask
+    p = gs.Pass("p", under=[edit(forget_of(kind), where="forget")])
+    method = gs.Method([p], [gs.clip(0.3)], [gs.freeze(anatomy(kind).neurons[:, :4])])
     optimizer = optimizer_of(model)
     with gs.attach(method, model, optimizer) as surgery:
-        surgery.track(forget=forget_of())
+        surgery.track(forget=forget_of(kind))
         for data in batches(method):
-            with surgery.running("train", data):
-                model(**inputs(data)).loss.backward()
+            for rows in (slice(0, 2), slice(2, None)):
+                part = {name: value[rows] for name, value in data.items()}
+                with surgery.running("train", part):
+                    model(**inputs(part)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         norms = {name: torch.tensor(value).float() for name, value in surgery.metrics().items()}
@@ -131,7 +134,8 @@ TOOLS: dict[str, tuple[str, Callable[[Any], Weights]]] = {
     "micro-batches": on("llama", lambda model: stepped(model, METHODS["opposed"][1], 2)),
     "micro-batches and slots": on("qwen3", lambda model: stepped(model, METHODS["qwen3, pcgrad"][1], 2)),
     "checkpointing": on("llama", checkpointed),
-    "a loop of one's own": on("llama", own_loop),
+    "a loop of one's own": on("llama", functools.partial(own_loop, "llama")),
+    "a loop of one's own, norms of heads": on("qwen3", functools.partial(own_loop, "qwen3")),
     "resumed": on("llama", resumed),
     "dry run": on("llama", dry),
     "dissect": on("llama", dissected),
