@@ -71,6 +71,7 @@ def _unpack(packed: dict[str, Any] | list[list[int]]) -> np.ndarray:
 
 
 def save_anatomy(anatomy: Anatomy, path: Path) -> None:
+    """Write an anatomy as JSON, whole or not at all."""
     header = {**stamp(KIND), "seconds": anatomy.seconds}
     stored = {name: asdict(how) for name, how in anatomy.quantised.items()}
     write_json(path, {**header, **describe(anatomy), **({"quantised": stored} if stored else {})})

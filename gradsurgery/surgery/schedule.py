@@ -18,6 +18,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Every(Schedule):
+    """What `every` gives: steps ``offset``, ``offset + k``, ``offset + 2 k``, …"""
+
     k: int
     offset: int = 0
 
@@ -27,6 +29,8 @@ class Every(Schedule):
 
 @dataclass(frozen=True)
 class SampleOne(Schedule):
+    """What `sample_one` gives: of the scheduled passes one a step, drawn from the seed and the step's number."""
+
     seed: int = 0
 
     def runs(self, step: int, index: int, count: int) -> bool:
@@ -35,6 +39,8 @@ class SampleOne(Schedule):
 
 @dataclass(frozen=True)
 class OnRefresh(Schedule):
+    """What `on_refresh` is: in no step, only where ``surgery.refresh`` asks for the slot."""
+
     def runs(self, step: int, index: int, count: int) -> bool:
         return False
 

@@ -127,7 +127,7 @@ def test_inductor_compiles_whole_graphs_that_train_alike(name: str) -> None:
             found = trained(case, lambda host: torch.compile(host, backend=backend, fullgraph=True))
             return gap(alone(case), found)
 
-    assert whole("inductor", name) < 5e-6  # what the stock model shows after three steps of AdamW, and some
+    assert whole("inductor", name) < 5e-6  # 1e-6 measured, where a plain method has 1e-7: not traced yet
 
 
 def test_rows_that_do_not_count_change_nothing_inside_a_graph() -> None:
